@@ -1,0 +1,1 @@
+"""What tests of samplers, schedulers and wrappers import, ours and those of plug-in authors."""
