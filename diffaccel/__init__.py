@@ -1,0 +1,46 @@
+"""diffaccel: fewer model calls for the diffusion pipelines that you already have.
+
+Importing this package loads neither torch nor diffusers; names are resolved when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it
+_NAMES = {
+    "Node": "core.node",
+    "Nodes": "core.path",
+    "Path": "core.path",
+    "Prediction": "core.prediction",
+    "Table": "core.table",
+    "carry": "core.linear",
+    "nodes": "api",
+    "sample": "api",
+    "trace": "api",
+    "sampler": "samplers.registry",
+}
+_SUBPACKAGES = ("samplers",)  # callable: `diffaccel.samplers()` lists them
+_SCHEDULERS = ("TableScheduler",)
+_DIFFUSERS = ("SchedulerMixin", "ModelMixin", "DiffusionPipeline")  # diffusers looks these up on our module
+
+__all__ = ["__version__", *_NAMES, *_SUBPACKAGES, *_SCHEDULERS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _SCHEDULERS:
+        return getattr(importlib.import_module(f"{__name__}.schedulers"), name)
+    if name in _DIFFUSERS:
+        return getattr(importlib.import_module("diffusers"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

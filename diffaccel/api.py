@@ -1,0 +1,49 @@
+"""The functional interface: samplers without diffusers objects (notebooks, tests, other front ends)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .core.grid import nodes as _nodes
+from .core.node import Node
+from .core.path import Nodes, Path
+from .core.table import Table
+from .samplers.registry import Sampler, get
+
+
+def nodes(path: Path, calls: int, grid: str = "linspace_open", *, final: str = "zero", **options: Any) -> Nodes:
+    """The nodes of a run of `calls` one-call intervals; see `diffaccel.core.grid.nodes`."""
+    return _nodes(path, calls, grid, final=final, **options)
+
+
+def sample(
+    predict: Callable[[Any, Node], Any],
+    x: Any,
+    sampler: str | Sampler = "dpmpp",
+    *,
+    nodes: Nodes,
+    noise: Callable[[Any], Any] | None = None,
+    calls: int | None = None,
+    **options: Any,
+) -> Any:
+    """Run a sampler on arrays or tensors.
+
+    Args:
+        predict: `predict(x, node)` gives a `Prediction`, or the x0-prediction itself, of the shape of x.
+        x: the state at `nodes[0]` (`alpha * x0 + sigma * eps`), any shape.
+        sampler: a registered name.
+        nodes: from `diffaccel.nodes`.
+        noise: `noise(x)` gives a standard normal draw of the shape of x; needed by stochastic samplers.
+        calls: total model calls, for samplers that can spend several on an interval.
+        options: of the sampler.
+
+    Returns:
+        The state at `nodes[-1]`.
+    """
+    return get(sampler).run(x, nodes, predict, noise, calls, **options)
+
+
+def trace(sampler: str | Sampler, nodes: Nodes, *, calls: int | None = None, **options: Any) -> Table:
+    """The table of a sampler on these nodes: `t.describe()`, `t.to_json()`, `t.apply(...)`, `t == other`."""
+    return get(sampler).trace(nodes, calls, **options)

@@ -1,0 +1,1 @@
+"""Nodes, paths, grids, the symbolic trace and the table: numbers only, neither torch nor diffusers."""

@@ -1,0 +1,156 @@
+"""Symbolic linear combinations: what a sampler loop computes with while it is traced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ..errors import TraceError
+
+Coef = float | np.ndarray  # an array has the shape of one sample, or broadcasts to it
+Symbol = tuple[str, int]  # ("x", call), ("p", call), ("z", draw), ("m", version), ("1", 0)
+ONE: Symbol = ("1", 0)
+CANCELS = 1e-14  # a sum this much smaller than its parts is rounding: it must not deepen the history
+
+
+def is_zero(c: Coef) -> bool:
+    """Whether a coefficient is exactly zero everywhere."""
+    return not np.any(c) if isinstance(c, np.ndarray) else c == 0.0
+
+
+def _add(a: Coef, b: Coef) -> Coef:
+    total = a + b
+    if isinstance(total, np.ndarray):
+        small = np.all(np.abs(total) <= CANCELS * np.maximum(np.abs(a), np.abs(b)))
+        return 0.0 if small else total
+    return 0.0 if abs(total) <= CANCELS * max(abs(a), abs(b)) else total
+
+
+def as_coef(value: Any) -> Coef:
+    """A Python float for anything scalar (numpy, 0-d or 1-element tensors), a float64 array otherwise.
+
+    Raises:
+        TraceError: if the value is not a finite real number or array.
+    """
+    if isinstance(value, (int, float)):
+        out: Coef = float(value)
+    else:
+        array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+        if array.dtype.kind not in "biuf":
+            raise TraceError(f"a coefficient of type {type(value).__name__} has no place in a table")
+        out = float(array.reshape(())) if array.size == 1 else array.astype(np.float64)
+    if not (math.isfinite(out) if isinstance(out, float) else np.all(np.isfinite(out))):
+        raise TraceError("a coefficient became infinite or NaN; a step at alpha = 0 or sigma = 0 needs its own rule")
+    return out
+
+
+class Linear:
+    """A linear combination of symbols. Supports + - and multiplication or division by numbers, nothing else."""
+
+    __slots__ = ("owner", "terms")
+    __array_ufunc__ = None  # numpy scalars and arrays on the left hand over to __rmul__ etc.
+    __array_priority__ = 1000
+
+    def __init__(self, terms: dict[Symbol, Coef], owner: Any = None) -> None:
+        self.terms = {k: c for k, c in terms.items() if not is_zero(c)}
+        self.owner = owner
+
+    # ------------------------------------------------------------------ arithmetic
+    def __add__(self, other: Any) -> Linear:
+        if not isinstance(other, Linear):
+            other = Linear({ONE: as_coef(other)}, self.owner)
+        terms = dict(self.terms)
+        for key, c in other.terms.items():
+            terms[key] = _add(terms[key], c) if key in terms else c
+        return Linear(terms, self.owner)
+
+    __radd__ = __add__
+
+    def __neg__(self) -> Linear:
+        return self * -1.0
+
+    def __pos__(self) -> Linear:
+        return self
+
+    def __sub__(self, other: Any) -> Linear:
+        return self + (-other)
+
+    def __rsub__(self, other: Any) -> Linear:
+        return (-self) + other
+
+    def __mul__(self, factor: Any) -> Linear:
+        if isinstance(factor, Linear):
+            raise TraceError("the loop multiplies two traced values; a table holds only linear combinations")
+        f = as_coef(factor)
+        return Linear({k: c * f for k, c in self.terms.items()}, self.owner)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, factor: Any) -> Linear:
+        if isinstance(factor, Linear):
+            raise TraceError("the loop divides by a traced value; a table holds only linear combinations")
+        f = as_coef(factor)
+        if np.any(np.asarray(f) == 0):
+            raise TraceError("the loop divides a traced value by zero")
+        return Linear({k: c / f for k, c in self.terms.items()}, self.owner)
+
+    def substitute(self, symbol: Symbol, value: Linear) -> Linear:
+        """This combination with `symbol` replaced by `value`."""
+        if symbol not in self.terms:
+            return self
+        rest = Linear({k: c for k, c in self.terms.items() if k != symbol}, self.owner)
+        return rest + value * self.terms[symbol]
+
+    # ------------------------------------------------------------------ what cannot be traced, with the reason
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise TraceError(
+            "the loop branches on a traced value (its sign, size or truth); a table is decided before the run. "
+            "Decide from the nodes instead, or write this part as a policy."
+        )
+
+    __bool__ = __lt__ = __le__ = __gt__ = __ge__ = __float__ = __int__ = __len__ = __iter__ = _refuse
+
+    def __eq__(self, other: object) -> bool:
+        return self is other  # `x is old` and containers work; by-value comparison is refused through `==` on terms
+
+    __hash__ = object.__hash__
+
+    def __pow__(self, _: Any) -> Linear:
+        raise TraceError("the loop raises a traced value to a power; a table holds only linear combinations")
+
+    def __getattr__(self, name: str) -> Any:
+        raise TraceError(f"the loop asks for `.{name}` of a traced value, which has no shape, dtype or content")
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Let tensors on the left (`sigma * x`) and torch.lerp reach the arithmetic above."""
+        name = getattr(func, "__name__", str(func)).strip("_")
+        rules: dict[str, Callable[..., Any]] = {
+            "add": lambda a, b, alpha=1: a + b * alpha,
+            "radd": lambda a, b: b + a,
+            "sub": lambda a, b, alpha=1: a - b * alpha,
+            "rsub": lambda a, b, alpha=1: b - a * alpha,
+            "mul": lambda a, b: b * a if isinstance(b, Linear) else a * b,
+            "rmul": lambda a, b: b * a if isinstance(b, Linear) else a * b,
+            "div": lambda a, b: a / b,
+            "truediv": lambda a, b: a / b,
+            "true_divide": lambda a, b: a / b,
+            "lerp": lambda a, b, w: a + (b - a) * w,
+        }
+        if name not in rules:
+            raise TraceError(f"the loop calls torch.{name} on a traced value; a table holds only linear combinations")
+        args = tuple(as_coef(a) if hasattr(a, "detach") else a for a in args)
+        return rules[name](*args, **(kwargs or {}))
+
+
+def carry(value: Any) -> Any:
+    """Mark a running value (a momentum, an average) to be kept as one register instead of N stored predictions.
+
+    With numbers or tensors it returns `value` unchanged.
+    """
+    return value.owner.carry(value) if isinstance(value, Linear) and value.owner is not None else value

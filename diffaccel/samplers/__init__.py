@@ -1,0 +1,19 @@
+"""Samplers as plain loops, a family a file. Importing this package registers all of them.
+
+The package can be called: `diffaccel.samplers()` gives every registered sampler by name.
+"""
+
+import sys
+from types import ModuleType
+
+from . import ddim, dpmpp  # noqa: F401
+from .registry import Sampler
+from .registry import samplers as _samplers
+
+
+class _Callable(ModuleType):
+    def __call__(self) -> dict[str, Sampler]:
+        return _samplers()
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -1,0 +1,165 @@
+"""The register of samplers, and how one is run or traced."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any
+
+from ..core.path import Nodes
+from ..core.prediction import Space
+from ..core.table import Table
+from ..core.trace import Loop, run_loop, trace_loop
+from ..errors import OptionError, no_leftover, one_of
+
+ENTRY_POINTS = "diffaccel.samplers"
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A registered loop and what is known about it.
+
+    Args:
+        name: as users type it.
+        loop: `loop(x, nodes, predict, noise, **options)`; its keyword-only arguments are the options.
+        order: convergence order, a number or a function of the options.
+        space: what `predict` returns by default; where the loop has an option `space`, that option decides.
+        paper: where the method is published.
+        intervals: `intervals(calls, **options)`: how many intervals of a grid `calls` model calls can take. A loop
+            that spends more than one call on some intervals has a keyword `calls`, the total that it may make
+            (None: as many as it likes).
+        stochastic: whether it draws noise with its default options.
+        variants: the options that the checks run it with, beside the defaults.
+        smooth: the grid on which `order` is measured: "lam" (uniform in lam) or "level" (uniform in sigma/alpha).
+    """
+
+    name: str
+    loop: Loop
+    order: float | Callable[..., float]
+    space: Space = "x0"
+    paper: str = ""
+    intervals: Callable[..., int] | None = None
+    stochastic: bool = False
+    variants: tuple[Options, ...] = ()
+    smooth: str = "lam"
+    defaults: dict[str, Any] = field(init=False)
+    counts_calls: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        parameters = inspect.signature(self.loop).parameters
+        keyword = {p.name: p.default for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
+        if any(v is inspect.Parameter.empty for v in keyword.values()):
+            raise OptionError(f"sampler {self.name!r}: each option of the loop needs a default")
+        object.__setattr__(self, "counts_calls", "calls" in keyword)
+        object.__setattr__(self, "defaults", {k: v for k, v in keyword.items() if k != "calls"})
+
+    # ------------------------------------------------------------------ options
+    def options(self, given: Options) -> dict[str, Any]:
+        """All options, with `given` in place of defaults.
+
+        Raises:
+            OptionError: if one is unknown.
+        """
+        no_leftover(f"sampler {self.name!r}", given, self.defaults)
+        return self.defaults | dict(given)
+
+    def order_of(self, **given: Any) -> float:
+        """The declared order with these options."""
+        options = self.options(given)
+        return self.order(**options) if callable(self.order) else self.order
+
+    def space_of(self, options: Options) -> Space:
+        """The space of `predict` with these (complete) options."""
+        return options.get("space", self.space)
+
+    def intervals_of(self, calls: int, **given: Any) -> int:
+        """How many intervals of a grid `calls` model calls can take.
+
+        Raises:
+            OptionError: if the calls do not suffice for one.
+        """
+        n = calls if self.intervals is None else self.intervals(calls, **self.options(given))
+        if n < 1:
+            raise OptionError(f"sampler {self.name!r} cannot do a run of {calls} model call(s)")
+        return n
+
+    # ------------------------------------------------------------------ use
+    def trace(self, nodes: Nodes, calls: int | None = None, **given: Any) -> Table:
+        """The table on these nodes; `calls` limits the model calls of samplers that vary them."""
+        options = self.options(given)
+        extra = {"calls": calls} if self.counts_calls else {}
+        table = trace_loop(
+            self.loop, nodes, space=self.space_of(options), name=self.name, options={**options, **extra}
+        )
+        if calls is not None and len(table) != calls:
+            raise OptionError(f"sampler {self.name!r} makes {len(table)} calls on {len(nodes)} nodes, not {calls}")
+        return table
+
+    def run(self, x: Any, nodes: Nodes, predict: Any, noise: Any = None, calls: int | None = None, **given: Any) -> Any:
+        """The state at the last node, for arrays or tensors; see `core.trace.run_loop`."""
+        options = self.options(given)
+        extra = {"calls": calls} if self.counts_calls else {}
+        space = self.space_of(options)
+        return run_loop(self.loop, x, nodes, predict, noise, space=space, options={**options, **extra})
+
+
+REGISTRY: dict[str, Sampler] = {}
+
+
+def sampler(
+    name: str,
+    *,
+    order: float | Callable[..., float],
+    space: Space = "x0",
+    paper: str = "",
+    intervals: Callable[..., int] | None = None,
+    stochastic: bool = False,
+    variants: tuple[Options, ...] = (),
+    smooth: str = "lam",
+) -> Callable[[Loop], Loop]:
+    """Register a loop as a sampler; see `Sampler` for the arguments.
+
+    Raises:
+        OptionError: if the name is taken by another loop.
+    """
+
+    def register(loop: Loop) -> Loop:
+        made = Sampler(name, loop, order, space, paper, intervals, stochastic, variants, smooth)
+        old = REGISTRY.get(name)
+        if old is not None and (old.loop.__module__, old.loop.__qualname__) != (loop.__module__, loop.__qualname__):
+            raise OptionError(f"a sampler named {name!r} is registered already, by {old.loop.__module__}")
+        REGISTRY[name] = made
+        return loop
+
+    return register
+
+
+def get(name: str | Sampler) -> Sampler:
+    """A registered sampler by name (or the sampler itself); plug-ins are found by their entry points.
+
+    Raises:
+        OptionError: if there is none, with the nearest names.
+    """
+    if isinstance(name, Sampler):
+        return name
+    importlib.import_module("diffaccel.samplers")
+    if name not in REGISTRY:
+        load_plugins()
+    return REGISTRY[one_of("sampler", name, REGISTRY)]
+
+
+def samplers() -> dict[str, Sampler]:
+    """All registered samplers by name, plug-ins included."""
+    importlib.import_module("diffaccel.samplers")
+    load_plugins()
+    return dict(sorted(REGISTRY.items()))
+
+
+def load_plugins() -> None:
+    """Import the modules or loops that installed packages name under the entry point `diffaccel.samplers`."""
+    for point in entry_points(group=ENTRY_POINTS):
+        point.load()
