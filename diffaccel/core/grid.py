@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def checked(found: Sequence[Node], path: Path, where: str) -> Nodes:
     Raises:
         OptionError: naming the two nodes where it does.
     """
-    for i, (s, t) in enumerate(zip(found, found[1:], strict=False)):
+    for i, (s, t) in enumerate(pairwise(found)):
         if t.level > s.level * (1 + 1e-9):
             raise OptionError(
                 f"{where}: noise must fall from node to node, but node {i} (t = {s.t:g}, sigma/alpha = {s.level:g}) is "
@@ -160,11 +161,11 @@ def _stretched(path: Flow, ts: Sequence[float]) -> list[Node]:
     return [path.at(t) for t in ts]
 
 
-def _timed(path: Path, times: Sequence[float]) -> list[Node]:
+def _timed(path: Path, times: Iterable[float]) -> list[Node]:
     """Nodes at uniform times (unshifted)."""
     if isinstance(path, Flow):
         return _stretched(path, [path.warp(u) for u in times])
-    return [path.at(t) for t in times]
+    return [path.at(float(t)) for t in times]
 
 
 def _times(path: Path) -> tuple[float, float]:
@@ -241,7 +242,9 @@ def _flow_stock(path: Path, n: int) -> list[Node]:
 
 # ---------------------------------------------------------------------- uniform in a function of sigma
 @grid("uniform_lambda")
-def _uniform_lambda(path: Path, n: int, *, sigma_min: float | None = None, sigma_max: float | None = None) -> list[Node]:
+def _uniform_lambda(
+    path: Path, n: int, *, sigma_min: float | None = None, sigma_max: float | None = None
+) -> list[Node]:
     """Uniform in lam, the "logSNR" grid of DPM-Solver; a first node with alpha = 0 stays first."""
     if sigma_min is None and sigma_max is None:
         start, stop = finite_first(path), path.last

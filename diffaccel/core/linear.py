@@ -23,10 +23,16 @@ def is_zero(c: Coef) -> bool:
 
 def _add(a: Coef, b: Coef) -> Coef:
     total = a + b
-    if isinstance(total, np.ndarray):
-        small = np.all(np.abs(total) <= CANCELS * np.maximum(np.abs(a), np.abs(b)))
-        return 0.0 if small else total
-    return 0.0 if abs(total) <= CANCELS * max(abs(a), abs(b)) else total
+    small = np.abs(total) <= CANCELS * np.maximum(np.abs(a), np.abs(b)) if _arrays(a, b) else _cancels(total, a, b)
+    return 0.0 if np.all(small) else total
+
+
+def _arrays(a: Coef, b: Coef) -> bool:
+    return isinstance(a, np.ndarray) or isinstance(b, np.ndarray)
+
+
+def _cancels(total: Any, a: Any, b: Any) -> bool:
+    return bool(abs(total) <= CANCELS * max(abs(a), abs(b)))
 
 
 def as_coef(value: Any) -> Coef:
@@ -122,6 +128,8 @@ class Linear:
         raise TraceError("the loop raises a traced value to a power; a table holds only linear combinations")
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
         raise TraceError(f"the loop asks for `.{name}` of a traced value, which has no shape, dtype or content")
 
     @classmethod

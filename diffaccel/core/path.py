@@ -7,7 +7,7 @@ import importlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, SupportsIndex, overload
 
 import numpy as np
 
@@ -26,9 +26,9 @@ class Nodes(tuple[Node, ...]):
         return self
 
     @overload
-    def __getitem__(self, key: slice) -> Nodes: ...  # type: ignore[overload-overlap]
+    def __getitem__(self, key: SupportsIndex) -> Node: ...
     @overload
-    def __getitem__(self, key: Any) -> Node: ...
+    def __getitem__(self, key: slice) -> Nodes: ...
     def __getitem__(self, key: Any) -> Any:
         got = super().__getitem__(key)
         return Nodes(got, self.path) if isinstance(key, slice) else got
@@ -125,9 +125,7 @@ class Path:
         return VPContinuous("cosine", s, 0.0, t_min, t_max)
 
     @staticmethod
-    def edm(
-        sigma_min: float = 0.002, sigma_max: float = 80.0, *, sigma_data: float = 0.5, time: str = "log"
-    ) -> EDM:
+    def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, *, sigma_data: float = 0.5, time: str = "log") -> EDM:
         """Variance exploding, alpha = 1; see `EDM`."""
         return EDM(sigma_min, sigma_max, sigma_data, time)
 
@@ -202,15 +200,15 @@ class VP(Path):
     @property
     def alphas_cumprod(self) -> np.ndarray:
         """(T,) float64, squared alphas of the training steps."""
-        return self._acp  # type: ignore[attr-defined, no-any-return]
+        return self._acp  # type: ignore[attr-defined]
 
     @property
     def first(self) -> Node:
-        return self._first  # type: ignore[attr-defined, no-any-return]
+        return self._first  # type: ignore[attr-defined]
 
     @property
     def last(self) -> Node:
-        return self._last  # type: ignore[attr-defined, no-any-return]
+        return self._last  # type: ignore[attr-defined]
 
     def at(self, t: float) -> Node:
         alpha, sigma, lam = self._alpha, self._sigma, self._lam  # type: ignore[attr-defined]

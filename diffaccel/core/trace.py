@@ -138,6 +138,46 @@ class Tracer:
         return set(last.values())
 
 
+def repeats(nodes: Nodes) -> tuple[Nodes, dict[int, list[Node]], list[Node]]:
+    """Grids may repeat a level (legal in diffusers); a step of size 0 would divide by it.
+
+    Returns:
+        the nodes without repeats (the last of each group is kept, but for the end node's group: its last but one
+        is where the model can be called), the repeats before each kept node by its id, and those at the end.
+    """
+    kept: list[Node] = []
+    before: dict[int, list[Node]] = {}
+    for node in nodes:
+        if kept and _same_level(kept[-1], node):
+            old = kept.pop()
+            before[id(node)] = [*before.pop(id(old), []), old]
+        kept.append(node)
+    return Nodes(kept, nodes.path), before, before.pop(id(kept[-1]), [])
+
+
+def _same_level(s: Node, t: Node) -> bool:
+    if min(s.alpha, s.sigma, t.alpha, t.sigma) == 0:
+        return (s.alpha, s.sigma) == (t.alpha, t.sigma)
+    return abs(s.lam - t.lam) < 1e-10
+
+
+def _with_repeats(loop: Loop, x: Any, nodes: Nodes, predict: Any, noise: Any, options: dict[str, Any]) -> Any:
+    """Run the loop on distinct nodes, and spend one call that changes nothing on each repeat."""
+    distinct, before, tail = repeats(nodes)
+    if options.get("calls") is not None:
+        options = options | {"calls": options["calls"] - len(nodes) + len(distinct)}
+
+    def call(state: Any, node: Node, **how: Any) -> Any:
+        for repeat in before.pop(id(node), []):
+            predict(state, repeat, **how)
+        return predict(state, node, **how)
+
+    x = loop(x, distinct, call, noise, **options) if len(distinct) > 1 else x
+    for repeat in tail:
+        predict(x, repeat)
+    return x
+
+
 def trace_loop(
     loop: Loop, nodes: Nodes, *, space: Space = "x0", name: str = "custom", options: dict[str, Any] | None = None
 ) -> Table:
@@ -150,7 +190,7 @@ def trace_loop(
     if len(nodes) < 2:
         raise OptionError(f"a run needs at least 2 nodes (1 interval), got {len(nodes)}")
     tracer = Tracer(nodes, space)
-    result = loop(tracer.start, nodes, tracer.predict, tracer.noise, **(options or {}))
+    result = _with_repeats(loop, tracer.start, nodes, tracer.predict, tracer.noise, options or {})
     shown = {k: v for k, v in (options or {}).items() if k != "calls"}
     return tracer.table(result, name, shown)
 
@@ -182,7 +222,7 @@ def run_loop(
             raise OptionError("this sampler draws noise: pass noise=, a function of the state")
         return noise(x)
 
-    return loop(x, nodes, call, draw, **(options or {}))
+    return _with_repeats(loop, x, nodes, call, draw, options or {})
 
 
 def first_order(s: Node, t: Node) -> tuple[Coef, Coef]:
@@ -191,5 +231,3 @@ def first_order(s: Node, t: Node) -> tuple[Coef, Coef]:
         return (t.alpha / s.alpha, 0.0)
     a = t.sigma / s.sigma
     return a, t.alpha - s.alpha * a
-
-

@@ -92,9 +92,7 @@ class Sampler:
         """The table on these nodes; `calls` limits the model calls of samplers that vary them."""
         options = self.options(given)
         extra = {"calls": calls} if self.counts_calls else {}
-        table = trace_loop(
-            self.loop, nodes, space=self.space_of(options), name=self.name, options={**options, **extra}
-        )
+        table = trace_loop(self.loop, nodes, space=self.space_of(options), name=self.name, options={**options, **extra})
         if calls is not None and len(table) != calls:
             raise OptionError(f"sampler {self.name!r} makes {len(table)} calls on {len(nodes)} nodes, not {calls}")
         return table
