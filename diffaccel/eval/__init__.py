@@ -1,0 +1,1 @@
+"""Images in, numbers out; knows nothing of samplers."""
