@@ -6,7 +6,7 @@ The package can be called: `diffaccel.samplers()` gives every registered sampler
 import sys
 from types import ModuleType
 
-from . import ddim, dpmpp  # noqa: F401
+from . import ddim, deis, dpmpp, ghvb, lms, pndm, unipc  # noqa: F401
 from .registry import Sampler
 from .registry import samplers as _samplers
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -50,3 +50,43 @@ def finite(s: Node) -> bool:
 def ratios(past: Sequence[Node], s: Node, h: float) -> list[float]:
     """`r_j = (lam_j - lam_s)/h` of past nodes, newest first (negative numbers)."""
     return [(node.lam - s.lam) / h for node in past]
+
+
+def eps_space(s: Node) -> str:
+    """The space in which a noise-space sampler calls the model at s: data space at alpha = 0, where eps is just x."""
+    return "eps" if s.alpha > 0 else "x0"
+
+
+def weighted(weights: Iterable[float], past: Sequence[tuple[Node, Any]]) -> Any:
+    """`sum_j w_j P_j` over (node, prediction) pairs, newest first."""
+    total: Any = 0.0
+    for w, (_, p) in zip(weights, past, strict=True):
+        total = total + float(w) * p
+    return total
+
+
+def most_intervals(cost: int) -> Callable[..., int]:
+    """For loops with `cost` calls an interval and one for the step to sigma = 0: intervals that n calls can take."""
+    return lambda calls, **_: (calls + 2 * cost - 2) // cost
+
+
+def spend(nodes: Nodes, cost: int, calls: int | None, name: str) -> list[int]:
+    """Calls of each interval: `cost`, but 1 for the step to sigma = 0, less towards the end where `calls` is short.
+
+    Raises:
+        OptionError: if `calls` model calls cannot be spent on these nodes.
+    """
+    counts = [cost if t.sigma > 0 else 1 for t in nodes[1:]]
+    if calls is None:
+        return counts
+    excess = sum(counts) - calls
+    if excess < 0 or calls < len(counts):
+        raise OptionError(
+            f"sampler {name!r} on {len(nodes)} nodes makes {len(counts)} to {sum(counts)} model calls, not {calls}; "
+            f"for {calls} calls give it a grid of {(calls + 2 * cost - 2) // cost} intervals"
+        )
+    for i in reversed(range(len(counts))):
+        cut = min(excess, counts[i] - 1)
+        counts[i] -= cut
+        excess -= cut
+    return counts
