@@ -1,0 +1,40 @@
+"""CPS: coefficients-preserving sampling, stochastic and of first order."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..core.path import Nodes
+from ..errors import OptionError
+from .common import intervals, lead
+from .registry import sampler
+
+
+@sampler(
+    "cps",
+    order=1,  # weak; with eta = 0 it is ddim
+    paper="FlowCPS, arXiv:2509.05952; on any path: x' = alpha' D + sigma' (|cos th| e + sin th z)",
+    stochastic=True,
+    variants=({"eta": 0.0}, {"eta": 1.3}),
+)
+def cps(x: Any, nodes: Nodes, predict: Any, noise: Any, *, eta: float = 0.7) -> Any:
+    """`x_t = alpha_t D + sigma_t (|cos th| e + sin th z)`, `th = eta pi/2`: the noise level stays exactly sigma_t.
+
+    It is DDIM with fresh noise of standard deviation `sigma_t sin th`, the same share at every step however small:
+    more steps mean more noise exchanged, so use it with few.
+
+    Args:
+        eta: 0 is DDIM; 1 replaces all noise; published settings lie between 0.7 and 1.8.
+    """
+    if not 0 <= eta <= 2:
+        raise OptionError(f"sampler 'cps': eta must lie in [0, 2], got {eta}")
+    keep, fresh = abs(math.cos(eta * math.pi / 2)), math.sin(eta * math.pi / 2)
+    for _, s, t in intervals(nodes):
+        d = predict(x, s)
+        if fresh == 0 or t.sigma == 0:
+            x = lead(x, d, s, t, "x0")
+        else:
+            a = t.sigma * keep / s.sigma
+            x = a * x + (t.alpha - s.alpha * a) * d + (t.sigma * fresh) * noise()
+    return x
