@@ -24,7 +24,7 @@ _NAMES = {
     "sampler": "samplers.registry",
 }
 _SUBPACKAGES = ("samplers",)  # callable: `diffaccel.samplers()` lists them
-_SCHEDULERS = ("TableScheduler",)
+_SCHEDULERS = ("CPSScheduler", "GHVBScheduler", "TableScheduler", "TableSchedulerOutput", "UniPCScheduler")
 _DIFFUSERS = ("SchedulerMixin", "ModelMixin", "DiffusionPipeline")  # diffusers looks these up on our module
 
 __all__ = ["__version__", *_NAMES, *_SUBPACKAGES, *_SCHEDULERS]

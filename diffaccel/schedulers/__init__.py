@@ -1,0 +1,6 @@
+"""Drop-in schedulers for diffusers pipelines: one table-driven `step()`, and presets of it."""
+
+from .presets import CPSScheduler, GHVBScheduler, UniPCScheduler
+from .table_scheduler import TableScheduler, TableSchedulerOutput
+
+__all__ = ["CPSScheduler", "GHVBScheduler", "TableScheduler", "TableSchedulerOutput", "UniPCScheduler"]

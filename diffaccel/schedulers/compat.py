@@ -1,0 +1,80 @@
+"""Between our config and those of diffusers' own scheduler classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import OptionError
+from ..samplers.registry import get
+from . import from_config as reader
+
+# Classes whose config keys may live beside ours; a config of ours builds each of them.
+COMPATIBLES = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+NEAREST = {
+    "vp": "DPMSolverMultistepScheduler",
+    "flow": "FlowMatchEulerDiscreteScheduler",
+    "edm": "EDMDPMSolverMultistepScheduler",
+}
+OURS = ("sampler", "sampler_options", "check_finite")  # constructor arguments that do not concern the path
+
+
+def merged(cls: Any, config: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arguments of the constructor, foreign keys to keep) for `cls.from_config(config, **given)`.
+
+    Raises:
+        OptionError: an option that neither the constructor nor the sampler takes.
+        PathError: the config proves no path.
+    """
+    names = set(cls._get_init_keys(cls)) - {"self"}
+    ours = {k: v for k, v in given.items() if k in OURS}
+    to_path = {k: v for k, v in given.items() if k in names and k not in OURS}
+    loose = {k: v for k, v in given.items() if k not in names}
+    settings = reader.read(config, **to_path).settings | _sampler_settings(cls, config, ours, loose, names)
+    if "check_finite" in ours or "check_finite" in config:
+        settings["check_finite"] = ours.get("check_finite", config.get("check_finite"))
+    foreign = {k: v for k, v in config.items() if k not in names and not k.startswith("_")}
+    return _complete(cls, settings), foreign
+
+
+def _sampler_settings(
+    cls: Any, config: Mapping[str, Any], ours: Mapping[str, Any], loose: dict[str, Any], names: set[str]
+) -> dict[str, Any]:
+    """The sampler and its options: the user's, else those of a config of ours for the same sampler."""
+    before = config.get("sampler") or ("dpmpp" if "sampler_options" in config else None)
+    name = ours.get("sampler") or cls.sampler_name or before
+    known = get(name or "dpmpp")
+    unknown = sorted(set(loose) - set(known.defaults))
+    if unknown:
+        raise OptionError(
+            f"{cls.__name__} takes no option {unknown[0]!r}. Sampler {known.name!r} takes: "
+            f"{', '.join(sorted(known.defaults)) or 'none'}. The scheduler takes: {', '.join(sorted(names))}."
+        )
+    kept = config.get("sampler_options") if before == known.name and "sampler_options" not in ours else None
+    options = {**(kept or {}), **(ours.get("sampler_options") or {}), **loose}
+    return {"sampler": name, "sampler_options": options or None}
+
+
+def _complete(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Every argument of the constructor, so that none counts as a default that another class may drop."""
+    import inspect
+
+    defaults = {p.name: p.default for p in inspect.signature(cls.__init__).parameters.values() if p.name != "self"}
+    return defaults | {k: v for k, v in settings.items() if k in defaults}

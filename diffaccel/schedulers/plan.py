@@ -1,0 +1,136 @@
+"""From a scheduler's settings and what the pipeline asks for to a `Run`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..core.grid import checked, from_sigmas, from_timesteps
+from ..core.grid import nodes as grid_nodes
+from ..core.node import Node
+from ..core.path import Flow, Nodes, Path
+from ..errors import OptionError
+from ..samplers.registry import Sampler
+from .from_config import grid_of, path_of
+from .run import Run, sigma_of
+
+MU = (
+    "this model's grid depends on the resolution (use_dynamic_shifting): set_timesteps needs mu, which pipelines "
+    "compute from base_image_seq_len, max_image_seq_len, base_shift and max_shift of the config. If your pipeline does "
+    "not pass mu to this scheduler, build it with use_dynamic_shifting=False, shift=math.exp(mu)"
+)
+
+
+def plan(
+    settings: Mapping[str, Any],
+    sampler: Sampler,
+    options: dict[str, Any],
+    calls: int | None,
+    device: Any,
+    sigmas: Sequence[float] | None,
+    timesteps: Sequence[float] | None,
+    mu: float | None,
+) -> Run:
+    """A new run; the arguments are those of `TableScheduler.set_timesteps`."""
+    calls = _calls(calls, sigmas, timesteps)
+    dynamic = settings["path"] == "flow" and settings["use_dynamic_shifting"]
+    if dynamic and mu is None:
+        raise OptionError(MU)
+    path = path_of(settings, mu=mu if dynamic else None)
+    grid, grid_options, final = grid_of(settings)
+    n = sampler.intervals_of(calls, **options)
+    if timesteps is None and (sigmas is None or _is_default_ramp(path, sigmas)):
+        nodes = grid_nodes(path, n, grid, final=final, **grid_options)
+    else:
+        nodes = _given(path, n, calls, sigmas, timesteps, final)
+    return run_on(nodes, sampler, options, calls, device)
+
+
+def run_on(nodes: Nodes, sampler: Sampler, options: dict[str, Any], calls: int, device: Any) -> Run:
+    """A run on these nodes."""
+    table = sampler.trace(nodes, calls, **options)
+    fed = [row.t for row in table.rows]
+    whole = nodes.path.family == "vp" and all(t == int(t) for t in fed)
+    cpu = torch.tensor([int(t) for t in fed] if whole else fed, dtype=torch.int64 if whole else torch.float32)
+    levels = table.nodes
+    sigmas = torch.tensor([sigma_of(node, nodes.path.family) for node in levels], dtype=torch.float32)
+    run = Run(table, levels, nodes, cpu if device is None else cpu.to(device), sigmas, cpu)
+    run.checked = sigmas.clone()
+    return run
+
+
+def edited(run: Run, sampler: Sampler, options: dict[str, Any]) -> Run:
+    """The run again, on the values that somebody wrote into `scheduler.sigmas` after set_timesteps."""
+    path, values = run.grid.path, [float(s) for s in run.sigmas]
+    if len(run.grid) != len(values):
+        raise OptionError(
+            f"scheduler.sigmas was edited, but sampler {run.table.sampler!r} spends several calls on an interval and "
+            "its sigmas are not its grid; pass sigmas= to set_timesteps"
+        )
+    old = [float(s) for s in run.checked] if run.checked is not None else values
+    found = [n if v == o else _at(path, v) for n, v, o in zip(run.grid, values, old, strict=True)]
+    again = run_on(checked(found, path, "edited sigmas"), sampler, options, len(run), run.timesteps.device)
+    again.begin, again.notes = run.begin, [*run.notes, "sigmas were edited after set_timesteps; compiled again"]
+    return again
+
+
+def _at(path: Path, sigma: float) -> Node:
+    if sigma == 0:
+        return path.end
+    return path.at(path.train_steps * sigma) if isinstance(path, Flow) else path.at_level(sigma)
+
+
+def _calls(calls: int | None, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None) -> int:
+    """The number of model calls that the arguments agree on."""
+    sizes = {}
+    if sigmas is not None:
+        sizes["sigmas"] = len(sigmas) - (len(sigmas) > 1 and sigmas[-1] == 0)
+    if timesteps is not None:
+        sizes["timesteps"] = len(timesteps)
+    if calls is not None:
+        sizes["num_inference_steps"] = calls
+    if not sizes:
+        raise OptionError("set_timesteps needs num_inference_steps, sigmas or timesteps")
+    if len(set(sizes.values())) > 1:
+        raise OptionError(f"the numbers of model calls disagree: {sizes} (a closing 0 in sigmas is not a call)")
+    found = next(iter(sizes.values()))
+    if isinstance(found, bool) or not isinstance(found, (int, np.integer)) or found < 1:
+        raise OptionError(f"the number of model calls must be an integer of 1 or more, got {found!r}")
+    return int(found)
+
+
+def _is_default_ramp(path: Path, sigmas: Sequence[float]) -> bool:
+    """Whether these are the sigmas that flow pipelines pass unasked; the scheduler's own grid then decides."""
+    n = len(sigmas)
+    return isinstance(path, Flow) and bool(np.allclose(sigmas, np.linspace(1.0, 1 / n, n), atol=1e-6))
+
+
+def _given(
+    path: Path,
+    n: int,
+    calls: int,
+    sigmas: Sequence[float] | None,
+    timesteps: Sequence[float] | None,
+    final: str,
+) -> Nodes:
+    """Nodes from the user's own lists."""
+    if sigmas is None:
+        return from_timesteps(path, _thin(list(timesteps or []), n, calls), final=final)
+    closing = [0.0] if len(sigmas) > calls else []
+    found = from_sigmas(path, _thin(list(sigmas)[:calls], n, calls) + closing, final=final)
+    if timesteps is None:
+        return found
+    if n != calls:
+        raise OptionError("sigmas and timesteps together need a sampler that makes one call an interval")
+    fed = [Node(float(t), s.alpha, s.sigma) for t, s in zip(timesteps, found, strict=False)]
+    return Nodes([*fed, found[-1]], path)
+
+
+def _thin(values: list[float], n: int, calls: int) -> list[float]:
+    """The same curve at n nodes, for samplers that spend several calls on an interval."""
+    if n == calls:
+        return [float(v) for v in values]
+    return [float(v) for v in np.interp(np.arange(n) * (calls / n), np.arange(calls), values)]

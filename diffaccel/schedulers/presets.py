@@ -1,0 +1,27 @@
+"""Named schedulers: `TableScheduler` with its sampler chosen."""
+
+from __future__ import annotations
+
+from .registration import public
+from .table_scheduler import TableScheduler
+
+
+@public
+class UniPCScheduler(TableScheduler):
+    """UniPC (arXiv:2302.04867): options `order`, `variant`, `space`, `corrector`, `lower_order_final`."""
+
+    sampler_name = "unipc"
+
+
+@public
+class GHVBScheduler(TableScheduler):
+    """Generalised heavy-ball momentum (arXiv:2307.11118): options `order`, `kind`, `weights`."""
+
+    sampler_name = "ghvb"
+
+
+@public
+class CPSScheduler(TableScheduler):
+    """Coefficients-preserving stochastic sampling (arXiv:2509.05952): option `eta`."""
+
+    sampler_name = "cps"

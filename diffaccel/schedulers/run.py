@@ -1,0 +1,209 @@
+"""The state of one run, and the arithmetic of one row on tensors."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..core.linear import Coef, is_zero
+from ..core.node import Node
+from ..core.path import Nodes
+from ..core.prediction import Output, pair
+from ..core.table import Mix, Row, Table
+from ..core.trace import first_order
+from ..errors import OptionError, RunError
+from ..samplers.registry import Sampler
+from .policy import Policy
+
+
+@dataclass(slots=True)
+class Compiled:
+    """A row of the table with the model's output type worked in."""
+
+    row: Row
+    to_p: tuple[Coef, Coef]  # P = u * state + w * output
+    to_x0: tuple[float, float]
+    x0_to_p: tuple[Coef, Coef] | None  # P from an x0 that a policy changed; None where no policy is on
+    plain: bool  # scalars only, no noise, registers or constant: the fast way through `advance`
+
+
+def compiled(row: Row, output: Output, policy: Policy | None) -> Compiled:
+    """Work the model's output type into a row.
+
+    Raises:
+        PathError: if the output lacks what the row needs (an eps output at alpha = 0).
+    """
+    again = pair(Output("x0"), row.space, row.node) if policy else None
+    to_p, to_x0 = pair(output, row.space, row.node), pair(output, "x0", row.node)
+    mix = row.out
+    plain = mix.scalar and not (mix.m or mix.z or row.registers or row.draws) and is_zero(mix.one)
+    return Compiled(row, to_p, to_x0, again, plain)
+
+
+@dataclass
+class Run:
+    """What belongs to one run of one thread: nodes, rows, counter, history.
+
+    Args:
+        table: of a run from the first node.
+        nodes: N + 1 levels; `nodes[i]` is the level of the state that row i sees.
+        grid: the nodes that the sampler was traced on (fewer, where it spends several calls on an interval).
+        timesteps: (N,) on the user's device.
+        sigmas: (N + 1,) float32 on the CPU.
+    """
+
+    table: Table
+    nodes: list[Node]
+    grid: Nodes
+    timesteps: torch.Tensor
+    sigmas: torch.Tensor
+    cpu_timesteps: torch.Tensor
+    rows: list[Compiled] = field(default_factory=list)
+    begin: int | None = None  # where the pipeline said that the run begins
+    start: int = 0  # where it begins: row `start` is `rows[0]`
+    counter: int | None = None
+    depth: int = 1
+    noise_depth: int = 0
+    history: list[torch.Tensor] = field(default_factory=list)  # newest first
+    registers: list[Any] = field(default_factory=list)
+    draws: list[torch.Tensor] = field(default_factory=list)  # newest first
+    notes: list[str] = field(default_factory=list)
+    checked: torch.Tensor | None = None  # copy of `sigmas`, to notice edits from outside
+    policy: Policy | None = None
+    watch: str = ""  # where to look for NaN: "" nowhere, "cpu", "always"
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def open_at(self, k: int, sampler: Sampler, options: dict[str, Any], output: Output, policy: Policy | None) -> None:
+        """Compile the rows of a run that begins at row k, with empty history."""
+        table = self.table if k == 0 else begin_at(self.table, self.grid, k, sampler, options)
+        self.rows = [compiled(row, output, policy) for row in table.rows]
+        self.policy = policy
+        self.start, self.depth, self.noise_depth = k, table.depth, table.noise_depth
+        self.history, self.draws, self.registers = [], [], [None] * table.slots
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
+        twin = copy.copy(self)
+        for name in ("history", "registers", "draws", "notes", "rows"):
+            setattr(twin, name, list(getattr(self, name)))
+        twin.timesteps, twin.sigmas = self.timesteps.clone(), self.sigmas.clone()
+        return twin
+
+
+def begin_at(table: Table, grid: Nodes, k: int, sampler: Sampler, options: dict[str, Any]) -> Table:
+    """The rows of a run that begins at row k of `table`, with no history.
+
+    The sampler's own rows begin at the next row that opens an interval; rows before it (the inner calls of an
+    interval that was cut) are first-order steps between the levels at which the model is called anyway.
+    """
+    opening = next((i for i in range(k, len(table)) if table.rows[i].opens), len(table))
+    bridge = [_first_order_row(table.rows[i]) for i in range(k, opening)]
+    if opening == len(table):
+        return Table(tuple(bridge), table.sampler, table.options)
+    at = next(i for i, node in enumerate(grid) if node is table.rows[opening].node)
+    rest = sampler.trace(grid[at:], len(table) - opening, **options)
+    if [r.t for r in rest.rows] != [r.t for r in table.rows[opening:]]:
+        raise OptionError(f"sampler {table.sampler!r} cannot begin at call {k} of {len(table)}: its calls would move")
+    return Table((*bridge, *rest.rows), table.sampler, table.options)
+
+
+def _first_order_row(row: Row) -> Row:
+    a, b = first_order(row.node, row.next)
+    return Row(row.node, row.next, "x0", Mix(a, (b,)), row.t)
+
+
+# ---------------------------------------------------------------------- arithmetic
+def advance(
+    run: Run, c: Compiled, x: torch.Tensor, output: torch.Tensor, generator: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row: (next state, x0-prediction), both in the dtype of x. No value is read from the device."""
+    if run.policy is None:
+        p = _affine(x, output, c.to_p)
+        x0 = p if c.row.space == "x0" else _affine(x, output, c.to_x0)
+    else:
+        x0 = run.policy(_affine(x, output, c.to_x0))
+        p = _affine(x, x0, c.x0_to_p)  # type: ignore[arg-type]
+    history = run.history
+    if run.depth > 1:
+        history.insert(0, p.clone() if p is output else p)
+        del history[run.depth :]
+    else:
+        history[:] = (p,)
+    mix = c.row.out
+    if c.plain:
+        return _combine(x, history, mix), x0
+    for _ in range(c.row.draws):
+        run.draws.insert(0, randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype))
+    del run.draws[max(1, run.noise_depth) :]
+    new = {slot: _evaluate(run, m, x) for slot, m in c.row.registers}
+    for slot, value in new.items():
+        run.registers[slot] = value
+    return _evaluate(run, mix, x), x0
+
+
+def _affine(x: torch.Tensor, output: torch.Tensor, pair: tuple[Coef, Coef]) -> torch.Tensor:
+    u, w = pair
+    if isinstance(u, float) and isinstance(w, float):
+        if u == 0.0:
+            return output if w == 1.0 else output * w
+        return torch.mul(x, u).add_(output, alpha=w)
+    return x * _tensor(u, x) + output * _tensor(w, x)
+
+
+def _combine(x: torch.Tensor, history: list[torch.Tensor], mix: Mix) -> torch.Tensor:
+    y = torch.mul(x, mix.x)
+    for p, b in zip(history, mix.p, strict=False):
+        if b:
+            y.add_(p, alpha=b)
+    return y
+
+
+def _evaluate(run: Run, mix: Mix, x: torch.Tensor) -> torch.Tensor:
+    y = x * _tensor(mix.x, x)
+    for p, b in zip(run.history, mix.p, strict=False):
+        if not is_zero(b):
+            y = y + p * _tensor(b, x)
+    for slot, b in mix.m:
+        y = y + run.registers[slot] * _tensor(b, x)
+    for age, b in mix.z:
+        y = y + run.draws[age] * _tensor(b, x)
+    return y if is_zero(mix.one) else y + _tensor(mix.one, x)
+
+
+def _tensor(c: Coef, like: torch.Tensor) -> Any:
+    """A coefficient for use with `like`: numbers stay numbers."""
+    return c if isinstance(c, float) else torch.as_tensor(c, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
+# ---------------------------------------------------------------------- threads
+class PerThread:
+    """One run a thread; a thread without one of its own sees the last one that any thread set."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._last: Run | None = None
+
+    def get(self) -> Run | None:
+        return getattr(self._local, "run", None) or self._last
+
+    def set(self, run: Run | None) -> None:
+        self._local.run = run
+        self._last = run
+
+    def need(self) -> Run:
+        """The run, or an error that says how to begin one."""
+        run = self.get()
+        if run is None:
+            raise RunError("no run was begun: call set_timesteps before step")
+        return run
+
+
+def sigma_of(node: Node, family: str) -> float:
+    """What diffusers calls sigma: sigma on flow paths, sigma/alpha elsewhere."""
+    return node.sigma if family == "flow" else node.level

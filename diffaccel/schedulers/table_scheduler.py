@@ -1,0 +1,290 @@
+"""`TableScheduler`: the diffusers scheduler that runs any registered sampler on any path. The only `step()`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+
+from ..errors import OptionError, RunError, one_of
+from ..samplers.registry import Sampler, get
+from .compat import COMPATIBLES, NEAREST, merged
+from .from_config import grid_of, output_of, path_of
+from .guards import check_finite, first_call, numbers, only_neutral, output_for
+from .plan import edited, plan
+from .policy import policy_of
+from .registration import public, register_library
+from .run import PerThread, Run, advance
+from .surface import Surface
+
+register_library()
+
+
+@public
+@dataclass
+class TableSchedulerOutput(BaseOutput):
+    """What `step` returns.
+
+    Args:
+        prev_sample: the next state, of the shape and dtype of `sample`.
+        pred_original_sample: the x0-prediction that this row used.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+@public
+class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
+    """A drop-in scheduler: `pipe.scheduler = TableScheduler.from_config(pipe.scheduler.config, sampler="dpmpp")`.
+
+    `num_inference_steps` is the number of model calls, for every sampler. Use `from_config`, which reads the path
+    from the pipeline's own config; the arguments below state a path by hand.
+
+    Args:
+        num_train_timesteps: training steps T.
+        path: "vp", "flow" or "edm".
+        prediction_type: "epsilon", "v_prediction", "sample" or "flow_prediction".
+        beta_start, beta_end, beta_schedule, trained_betas: VP: the noise schedule.
+        rescale_betas_zero_snr, snr_shift_scale, interpolation, lambda_min_clipped: VP: see `core.path.VP`.
+        shift, use_dynamic_shifting, time_shift_type, shift_terminal: flow: see `core.path.Flow`.
+        sigma_min, sigma_max, sigma_data, edm_time: EDM: see `core.path.EDM`.
+        sampler: a registered sampler (`diffaccel.samplers()`), "dpmpp" if None.
+        sampler_options: its options.
+        grid: a grid (`core.grid.GRIDS`), or None for the one that the path's origin uses.
+        grid_options: its options.
+        final_sigmas_type: "zero" or "sigma_min": where the run ends.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x0 (pixel models).
+        clip_sample, clip_sample_range: clamp of x0 (pixel models).
+        check_finite: "cpu" looks for NaN after each call where that needs no device synchronisation; "always" on
+            every device (slow on a GPU); "never".
+        source_class: the scheduler class that the config came from.
+
+    Raises:
+        OptionError: an option that is unknown, out of range, or would have no effect.
+        PathError: settings that make no path.
+    """
+
+    order = 1
+    sampler_name: str | None = None  # fixed by presets
+    _compatibles = list(COMPATIBLES)
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        path: str = "vp",
+        prediction_type: str = "epsilon",
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: Sequence[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float | None = None,
+        interpolation: str = "lam",
+        lambda_min_clipped: float | None = None,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+        shift_terminal: float | None = None,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        sigma_data: float | None = None,
+        edm_time: str = "log",
+        sampler: str | None = None,
+        sampler_options: dict[str, Any] | None = None,
+        grid: str | None = None,
+        grid_options: dict[str, Any] | None = None,
+        final_sigmas_type: str = "zero",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        check_finite: str = "cpu",
+        source_class: str | None = None,
+    ) -> None:
+        # Every value of ours is meant: none may be dropped as "only a default" when another class is built from it.
+        self.register_to_config(_use_default_values=[])
+        if trained_betas is not None:
+            self.register_to_config(trained_betas=[float(b) for b in trained_betas])
+        self._runs = PerThread()
+        self._check()
+
+    def _check(self) -> None:
+        """Every option, at once: a wrong one must not wait for the first run."""
+        self._sampler()
+        path_of(self.config)
+        output_of(self.config)
+        grid_of(self.config)
+        policy_of(self.config)
+        one_of("check_finite", self.config.check_finite, ("cpu", "always", "never"))
+
+    # ------------------------------------------------------------------ building
+    @classmethod
+    def from_config(  # type: ignore[override]
+        cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """A scheduler for the model that `config` belongs to.
+
+        Args:
+            config: of any diffusers scheduler (`pipe.scheduler.config`), a plain dict, or one of ours.
+            return_unused_kwargs: as in diffusers (nothing is ever unused: an unknown option is an error).
+            kwargs: arguments of the constructor, and options of the sampler (`order=3`).
+
+        Raises:
+            PathError: if the config does not prove a path; the message lists the keys it saw.
+            OptionError: for an unknown option.
+        """
+        if not isinstance(config, Mapping):
+            raise OptionError(f"from_config needs a config (pipe.scheduler.config), got {type(config).__name__}")
+        settings, foreign = merged(cls, config, kwargs)
+        made = cls(**settings)
+        made.register_to_config(**foreign)
+        if "_use_default_values" not in config:  # a config read from a file has no such key; ours then has none
+            made._internal_dict = type(made._internal_dict)(
+                {k: v for k, v in made._internal_dict.items() if k != "_use_default_values"}
+            )
+        return (made, {}) if return_unused_kwargs else made
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        found = (getattr(diffusers, name, None) for name in cls._compatibles)
+        # A class that lacks its library (torchsde) is a stand-in with `_backends`.
+        return [c for c in found if c is not None and not getattr(c, "_backends", None)]
+
+    def portable(self) -> SchedulerMixin:
+        """The nearest scheduler of diffusers itself, for saving a pipeline that people without diffaccel can load."""
+        name = self.config.source_class or NEAREST[self.config.path]
+        return getattr(diffusers, name).from_config(self.config)
+
+    def _sampler(self) -> tuple[Sampler, dict[str, Any]]:
+        fixed, asked = self.sampler_name, self.config.sampler
+        if fixed and asked not in (None, fixed):
+            raise OptionError(f"{type(self).__name__} is the sampler {fixed!r}; use TableScheduler for {asked!r}")
+        found = get(asked or fixed or "dpmpp")
+        return found, found.options(self.config.sampler_options or {})
+
+    # ------------------------------------------------------------------ a run
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | torch.Tensor | None = None,
+        timesteps: Sequence[float] | torch.Tensor | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Begin a new run in this thread.
+
+        Args:
+            num_inference_steps: model calls N; may be left out where `sigmas` or `timesteps` are given.
+            device: of `self.timesteps`.
+            sigmas: one a call (a closing 0 is the end). Flow: in (0, 1], before the shift; else sigma/alpha. They
+                take the place of the grid, but for the ramp `linspace(1, 1/N, N)` that flow pipelines pass unasked.
+            timesteps: one a call, as the model is fed. On flow paths they mean `sigma = t / num_train_timesteps`,
+                without a shift. With `sigmas` beside them, those place the nodes and `timesteps` is what is fed.
+            mu: the resolution-dependent shift of flow models with `use_dynamic_shifting`; without effect otherwise
+                (FLUX passes it always).
+
+        Raises:
+            OptionError: no or contradicting numbers of calls, noise that does not fall, a missing `mu`.
+        """
+        sampler, options = self._sampler()
+        given = (num_inference_steps, device, numbers(sigmas), numbers(timesteps), mu)
+        self._runs.set(plan(self.config, sampler, options, *given))
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Say that the run begins at call `begin_index` (img2img, refiners); the rows are compiled from there.
+
+        Raises:
+            RunError: before set_timesteps, or if there is no such call.
+        """
+        run = self._runs.need()
+        if not 0 <= begin_index <= len(run):
+            raise RunError(f"set_begin_index({begin_index}): this run has calls 0..{len(run) - 1}")
+        run.begin, run.counter = int(begin_index), None
+        run.history = []
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        """What the model is fed: the sample itself, but on EDM paths `sample / sqrt(sigma^2 + sigma_data^2)`."""
+        if self.config.path != "edm":
+            return sample
+        run = self._runs.get()
+        if run is None:
+            sigma = path_of(self.config).at(float(timestep)).sigma
+        else:
+            i = run.counter if run.counter is not None else first_call(run, timestep)
+            sigma = run.nodes[min(i, len(run) - 1)].sigma
+        data = output_of(self.config).sigma_data
+        return sample * (sigma * sigma + data * data) ** -0.5
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: Any,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> TableSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """One row of the table: the state after this model call.
+
+        Args:
+            model_output: of the shape of `sample`, or with twice its channels (learned variance; dropped).
+            timestep: read once, at the first call of a run that was not told where it begins.
+            sample: the state handed to the model, any shape; edits made to it between calls are kept.
+            generator: for samplers that draw noise; a list has one for each image.
+            return_dict: an output class, or the tuple (next state, x0-prediction).
+            kwargs: what pipelines pass unasked is accepted at its neutral value; anything else is an error.
+
+        Returns:
+            In the dtype of `sample`; the arithmetic is in float32 (float64 if the sample is).
+
+        Raises:
+            RunError: before set_timesteps, past the end, for wrong shapes or a NaN (see `check_finite`).
+        """
+        if kwargs:
+            only_neutral(kwargs)
+        run = self._runs.get()
+        if run is None or run.counter is None:
+            run = self._open(timestep)
+        i: int = run.counter  # type: ignore[assignment]
+        if i >= len(run):
+            raise RunError(f"this run finished after {len(run)} calls; call set_timesteps to begin another")
+        dtype = sample.dtype
+        x = sample if dtype is torch.float32 or dtype is torch.float64 else sample.float()
+        output = model_output
+        if output.shape != x.shape or output.dtype is not x.dtype or output.device != x.device:
+            output = output_for(model_output, x)
+        if run.history and run.history[0].shape != x.shape:
+            run.notes.append(f"call {i}: the state became {tuple(x.shape)}; the history was dropped")
+            self._compile(run, i)
+        state, x0 = advance(run, run.rows[i - run.start], x, output, generator)
+        if run.watch and (x.device.type == "cpu" or run.watch == "always"):
+            check_finite(state, output, i, len(run))
+        run.counter = i + 1
+        if dtype is not x.dtype:
+            state, x0 = state.to(dtype), x0.to(dtype)
+        return TableSchedulerOutput(prev_sample=state, pred_original_sample=x0) if return_dict else (state, x0)
+
+    def _open(self, timestep: Any) -> Run:
+        """The first call of a run: honour edits of `sigmas`, find where it begins, compile."""
+        run = self._runs.need()
+        if run.checked is not None and not torch.equal(run.checked, run.sigmas):
+            run = edited(run, *self._sampler())
+            self._runs.set(run)
+        start = run.begin if run.begin is not None else first_call(run, timestep)
+        run.watch = "" if self.config.check_finite == "never" else self.config.check_finite
+        if start < len(run):
+            self._compile(run, start)
+        run.counter = start
+        return run
+
+    def _compile(self, run: Run, k: int) -> None:
+        run.open_at(k, *self._sampler(), output_of(self.config), policy_of(self.config))
