@@ -139,12 +139,32 @@ def finite_first(path: Path) -> Node:
     return path.at(path.warp(path.first.t - 1))
 
 
-def _span(path: Path, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
-    """Native sigmas from noisy to clean."""
+def _within(path: Path, n: int, spacing: str | None, offset: int) -> tuple[float | None, float | None]:
+    """Native sigmas of the cleanest and the noisiest of n points spaced in time; None, None for the whole path.
+
+    diffusers' Euler family and FlowMatchEuler stretch their Karras, exponential and beta grids between these.
+    """
+    if spacing is None:
+        return None, None
+    known: dict[str, Points] = {"leading": _leading, "trailing": _trailing, "flow_stock": _flow_stock}
+    options = {"offset": offset} if spacing == "leading" else {}
+    found = known[one_of("spacing `within`", spacing, known)](path, n, **options)
+    return native(found[-1], path), native(found[0], path)
+
+
+def _span(
+    path: Path,
+    sigma_min: float | None,
+    sigma_max: float | None,
+    inner: tuple[float | None, float | None] = (None, None),
+) -> tuple[float, float]:
+    """Native sigmas from noisy to clean: the user's own, else those of `inner`, else the path's."""
+    sigma_min = inner[0] if sigma_min is None else sigma_min
+    sigma_max = inner[1] if sigma_max is None else sigma_max
     high = native(path.first, path) if path.first.alpha > 0 or isinstance(path, Flow) else finite_first(path).level
     high = high if sigma_max is None else sigma_max
     low = native(path.last, path) if sigma_min is None else sigma_min
-    if not 0 < low < high:
+    if not 0 < low <= high or (low == high and inner[0] is None):  # one spaced point is its own two ends
         raise OptionError(f"a grid needs 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
     return high, low
 
@@ -229,15 +249,27 @@ def _quadratic(path: Path, n: int) -> list[Node]:
     return _timed(path, lo + (hi - lo) * (1 - _ramp(n)) ** 2)
 
 
+def _only_flow(path: Path, name: str) -> Flow:
+    if not isinstance(path, Flow):
+        raise OptionError(f"grid {name!r} is for flow paths, this one is {path.family!r}")
+    return path
+
+
 @grid("flow_stock")
 def _flow_stock(path: Path, n: int) -> list[Node]:
     """FlowMatchEulerDiscreteScheduler without explicit sigmas: uniform between the shifted ends, shifted again."""
-    if not isinstance(path, Flow):
-        raise OptionError(f"grid 'flow_stock' is for flow paths, this one is {path.family!r}")
+    path = _only_flow(path, "flow_stock")
     k = path.shift
     lowest = path.train_steps * (k / path.train_steps) / (1 + (k - 1) / path.train_steps)
     ts = path.train_steps + (lowest - path.train_steps) * _ramp(n)
     return _stretched(path, [path.warp(t) for t in ts])
+
+
+@grid("flow_dpmpp", closed=False)
+def _flow_dpmpp(path: Path, n: int) -> list[Node]:
+    """DPMSolverMultistep's flow sigmas: uniform from 1 - 1/T, not from 1 (UniPC's are `linspace_open`)."""
+    path = _only_flow(path, "flow_dpmpp")
+    return _timed(path, (path.train_steps - 1) * (1 - np.arange(n) / n))
 
 
 # ---------------------------------------------------------------------- uniform in a function of sigma
@@ -260,18 +292,33 @@ def _uniform_lambda(
 
 @grid("karras")
 def _karras(
-    path: Path, n: int, *, rho: float = 7.0, sigma_min: float | None = None, sigma_max: float | None = None
+    path: Path,
+    n: int,
+    *,
+    rho: float = 7.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    within: str | None = None,
+    offset: int = 0,
 ) -> list[Node]:
-    """`sigma^(1/rho)` uniform (arXiv:2206.00364, Eq. 5)."""
-    high, low = _span(path, sigma_min, sigma_max)
+    """`sigma^(1/rho)` uniform (arXiv:2206.00364, Eq. 5), on the whole path or `within` the ends of a time spacing."""
+    high, low = _span(path, sigma_min, sigma_max, _within(path, n, within, offset))
     root = high ** (1 / rho) + (low ** (1 / rho) - high ** (1 / rho)) * _ramp(n)
     return _ends(path, root**rho, high, low)
 
 
 @grid("exponential")
-def _exponential(path: Path, n: int, *, sigma_min: float | None = None, sigma_max: float | None = None) -> list[Node]:
+def _exponential(
+    path: Path,
+    n: int,
+    *,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    within: str | None = None,
+    offset: int = 0,
+) -> list[Node]:
     """Uniform in ln(sigma); the same as uniform_lambda except on flow paths, where sigma is not sigma/alpha."""
-    high, low = _span(path, sigma_min, sigma_max)
+    high, low = _span(path, sigma_min, sigma_max, _within(path, n, within, offset))
     return _ends(path, np.exp(math.log(high) + (math.log(low) - math.log(high)) * _ramp(n)), high, low)
 
 
@@ -284,13 +331,15 @@ def _beta(
     beta: float = 0.6,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
+    within: str | None = None,
+    offset: int = 0,
 ) -> list[Node]:
     """Quantiles of a Beta(alpha, beta) law over sigma (arXiv:2407.12173)."""
     try:
         from scipy.stats import beta as law
     except ImportError as error:
         raise OptionError("grid 'beta' needs scipy (quantiles of the beta law): pip install scipy") from error
-    high, low = _span(path, sigma_min, sigma_max)
+    high, low = _span(path, sigma_min, sigma_max, _within(path, n, within, offset))
     return _ends(path, low + (high - low) * law.ppf(1 - _ramp(n), alpha, beta), high, low)
 
 
