@@ -28,8 +28,8 @@ ABSCISSAE, QUADRATURE = np.polynomial.legendre.leggauss(48)
 
 
 def _order(order: int = 3, scaling: str = "sde_5", **_: Any) -> int:
-    """The order of the ODE; with noise the state is rough in time and a history gives weak order 1."""
-    return order if scaling == "ode" else 1
+    """The order of the ODE; the weak order of an Adams method under additive noise is 2 at most."""
+    return order if scaling == "ode" else min(order, 2)
 
 
 @sampler(
