@@ -26,8 +26,8 @@ help:
 # --------------------------------------------------------------------------------------- environment (stamp files)
 $(VENV)/.stamp-venv:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"diffaccel needs Python 3.10 or newer, $(PYTHON) is {v[0]}.{v[1]}: set PYTHON=...")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
-	  rm -rf $(VENV); echo "could not make $(VENV); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { \
+	  echo "could not make $(VENV); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@touch $@
 
 # torch first, so that the version is this one and not whatever the other packages would pull in
