@@ -207,7 +207,7 @@ def _steps(path: Path, n: int, where: str) -> int | None:
 def _linspace(path: Path, n: int, *, rounded: bool = True) -> list[Node]:
     """`n` times from the first to the last, both included (DDIM, Euler)."""
     hi, lo = _times(path)
-    ts = hi + (lo - hi) * _ramp(n)
+    ts = np.linspace(lo, hi, n)[::-1] if n > 1 else np.array([hi])  # counted from below, as diffusers rounds ties
     return _timed(path, np.round(ts) if _steps(path, n, "linspace") and rounded else ts)
 
 
@@ -215,7 +215,7 @@ def _linspace(path: Path, n: int, *, rounded: bool = True) -> list[Node]:
 def _linspace_open(path: Path, n: int, *, rounded: bool = True) -> list[Node]:
     """The first `n` of n + 1 uniform times (DPM-Solver++, UniPC, DEIS): the last call is a whole step from the end."""
     hi, lo = _times(path)
-    ts = hi + (lo - hi) * np.arange(n) / n
+    ts = np.linspace(lo, hi, n + 1)[:0:-1]
     return _timed(path, np.round(ts) if _steps(path, n, "linspace_open") and rounded else ts)
 
 
@@ -225,7 +225,8 @@ def _trailing(path: Path, n: int) -> list[Node]:
     steps = _steps(path, n, "trailing")
     hi, lo = _times(path)
     if steps:
-        return _timed(path, np.round(steps - steps * np.arange(n) / n) - 1)
+        # arange, as in diffusers, rounds ties like it; for some n (61, T = 1000) it gives one time too many
+        return _timed(path, np.round(np.arange(steps, 0, -steps / n)[:n]) - 1)
     base = 0.0 if isinstance(path, Flow) else lo
     return _timed(path, hi + (base - hi) * np.arange(n) / n)
 

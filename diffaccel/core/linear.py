@@ -61,19 +61,31 @@ class Linear:
     __array_priority__ = 1000
 
     def __init__(self, terms: dict[Symbol, Coef], owner: Any = None) -> None:
-        self.terms = {k: c for k, c in terms.items() if not is_zero(c)}
+        self.terms = terms
         self.owner = owner
 
     # ------------------------------------------------------------------ arithmetic
-    def __add__(self, other: Any) -> Linear:
-        if not isinstance(other, Linear):
-            other = Linear({ONE: as_coef(other)}, self.owner)
+    def _plus(self, other: Any, sign: float) -> Linear:
+        added = other.terms if isinstance(other, Linear) else {ONE: as_coef(other)}
         terms = dict(self.terms)
-        for key, c in other.terms.items():
-            terms[key] = _add(terms[key], c) if key in terms else c
+        for key, c in added.items():
+            total = _add(terms[key], sign * c) if key in terms else sign * c
+            if is_zero(total):
+                terms.pop(key, None)
+            else:
+                terms[key] = total
         return Linear(terms, self.owner)
 
+    def __add__(self, other: Any) -> Linear:
+        return self._plus(other, 1.0)
+
     __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Linear:
+        return self._plus(other, -1.0)
+
+    def __rsub__(self, other: Any) -> Linear:
+        return (self * -1.0)._plus(other, 1.0)
 
     def __neg__(self) -> Linear:
         return self * -1.0
@@ -81,17 +93,11 @@ class Linear:
     def __pos__(self) -> Linear:
         return self
 
-    def __sub__(self, other: Any) -> Linear:
-        return self + (-other)
-
-    def __rsub__(self, other: Any) -> Linear:
-        return (-self) + other
-
     def __mul__(self, factor: Any) -> Linear:
         if isinstance(factor, Linear):
             raise TraceError("the loop multiplies two traced values; a table holds only linear combinations")
-        f = as_coef(factor)
-        return Linear({k: c * f for k, c in self.terms.items()}, self.owner)
+        f = factor if type(factor) is float and math.isfinite(factor) else as_coef(factor)
+        return Linear({} if is_zero(f) else {k: c * f for k, c in self.terms.items()}, self.owner)
 
     __rmul__ = __mul__
 
@@ -152,7 +158,7 @@ class Linear:
         }
         if name not in rules:
             raise TraceError(f"the loop calls torch.{name} on a traced value; a table holds only linear combinations")
-        args = tuple(as_coef(a) if hasattr(a, "detach") else a for a in args)
+        args = tuple(a if isinstance(a, Linear) or not hasattr(a, "detach") else as_coef(a) for a in args)
         return rules[name](*args, **(kwargs or {}))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,34 +49,39 @@ def merged(cls: Any, config: Mapping[str, Any], given: Mapping[str, Any]) -> tup
     ours = {k: v for k, v in given.items() if k in OURS}
     to_path = {k: v for k, v in given.items() if k in names and k not in OURS}
     loose = {k: v for k, v in given.items() if k not in names}
-    settings = reader.read(config, **to_path).settings | _sampler_settings(cls, config, ours, loose, names)
+    # A config of ours may hold keys of another family; they rest where they are, unless the user changes the path.
+    resting = {k: v for k, v in config.items() if k in names} if "path" in config and not to_path else {}
+    settings = resting | reader.read(config, **to_path).settings | _sampler_settings(cls, config, ours, loose, names)
     if "check_finite" in ours or "check_finite" in config:
         settings["check_finite"] = ours.get("check_finite", config.get("check_finite"))
-    foreign = {k: v for k, v in config.items() if k not in names and not k.startswith("_")}
-    return _complete(cls, settings), foreign
+    if "source_class" in config:  # a config of ours: it knows where it came from, or that nobody knows
+        settings["source_class"] = config["source_class"]
+    if settings.get("lambda_min_clipped") == -math.inf:
+        settings["lambda_min_clipped"] = None
+    settings["grid_options"] = settings.get("grid_options") or None
+    kept = ("_class_name", "_diffusers_version")
+    foreign = {k: v for k, v in config.items() if k in kept or (k not in names and not k.startswith("_"))}
+    return _complete(cls, settings), foreign | ({"_class_name": cls.__name__} if "_class_name" in foreign else {})
 
 
 def _sampler_settings(
     cls: Any, config: Mapping[str, Any], ours: Mapping[str, Any], loose: dict[str, Any], names: set[str]
 ) -> dict[str, Any]:
     """The sampler and its options: the user's, else those of a config of ours for the same sampler."""
-    before = config.get("sampler") or ("dpmpp" if "sampler_options" in config else None)
-    name = ours.get("sampler") or cls.sampler_name or before
-    known = get(name or "dpmpp")
+    name = ours.get("sampler") or cls.sampler_name or config.get("sampler")
+    before, known = get(config.get("sampler") or "dpmpp"), get(name or "dpmpp")
     unknown = sorted(set(loose) - set(known.defaults))
     if unknown:
         raise OptionError(
             f"{cls.__name__} takes no option {unknown[0]!r}. Sampler {known.name!r} takes: "
             f"{', '.join(sorted(known.defaults)) or 'none'}. The scheduler takes: {', '.join(sorted(names))}."
         )
-    kept = config.get("sampler_options") if before == known.name and "sampler_options" not in ours else None
+    kept = config.get("sampler_options") if before is known and "sampler_options" not in ours else None
     options = {**(kept or {}), **(ours.get("sampler_options") or {}), **loose}
-    return {"sampler": name, "sampler_options": options or None}
+    return {"sampler": None if cls.sampler_name == name else name, "sampler_options": options or None}
 
 
 def _complete(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Every argument of the constructor, so that none counts as a default that another class may drop."""
-    import inspect
-
     defaults = {p.name: p.default for p in inspect.signature(cls.__init__).parameters.values() if p.name != "self"}
     return defaults | {k: v for k, v in settings.items() if k in defaults}

@@ -14,19 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from ..core.grid import GRIDS
-from ..core.path import Path, betas
-from ..core.prediction import Output
-from ..errors import OptionError, PathError, no_leftover, one_of
+from ..core.path import Path
+from ..errors import OptionError, no_leftover, one_of
 from .grid_choice import grid_settings
 from .origins import REFUSED, REFUSED_KEYS, Seen
+from .settings import FAMILIES, PREDICTIONS, check, grid_of, output_of, path_of
 
-FAMILIES = ("vp", "flow", "edm")
-PREDICTIONS = {
-    "vp": ("epsilon", "v_prediction", "sample"),
-    "flow": ("flow_prediction",),
-    "edm": ("epsilon", "v_prediction"),
-}
+__all__ = ["KEYS", "Reading", "check", "grid_of", "output_of", "path_of", "read"]
+
 BETA_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
 PATH_KEYS = (
     *("path", "num_train_timesteps", "prediction_type", *BETA_KEYS, "rescale_betas_zero_snr", "snr_shift_scale"),
@@ -95,8 +90,21 @@ def read(config: Any, **kwargs: Any) -> Reading:
     for row in ROWS:
         reading = row(seen)
         if reading is not None:
+            _all_used(seen, reading.settings)
             return reading
     raise seen.refuse("row 10", "no row of the decision table is met", _missing(seen))
+
+
+def _all_used(seen: Seen, settings: Mapping[str, Any]) -> None:
+    """Raise for a key of the user's that has no effect on the path that was read."""
+    unused = {k for k in seen.chosen if k not in settings and seen.explicit[k] is not None}
+    if settings.get("use_dynamic_shifting"):
+        unused |= seen.chosen & {"shift"}
+    if unused:
+        raise OptionError(
+            f"{', '.join(sorted(unused))} would have no effect: the path is {settings['path']!r}, with "
+            + ", ".join(f"{k}={v!r}" for k, v in settings.items() if k in PATH_KEYS[1:] and k != "trained_betas")
+        )
 
 
 # ---------------------------------------------------------------------- the rows, in order
@@ -118,7 +126,7 @@ def _stated(seen: Seen) -> Reading | None:
     missing = tuple(k for k in ("sigma_min", "sigma_max", "sigma_data") if seen.get(k) is None)
     if missing:
         raise seen.refuse("row 0", "path='edm' is stated without its range", missing)
-    return _edm(seen, rule, seen.get("edm_time", "log"))
+    return _edm(seen, rule, "log")
 
 
 def _refused(seen: Seen) -> None:
@@ -232,9 +240,9 @@ def _common(seen: Seen, family: str, rule: str, steps: Any) -> dict[str, Any]:
             found[switch] = seen.on(switch)
             if found[switch]:
                 found.update({key: seen.number(key, value) for key, value in more.items()})
-    for key in (k for k in seen.chosen if k in KEYS and k not in found):
-        if any(key in more for more in POLICY_KEYS.values()):
-            raise OptionError(f"{key} has no effect: its policy is not switched on")
+    if found.get("thresholding") and "clip_sample" not in seen.chosen:
+        found.pop("clip_sample_range", None)
+        found["clip_sample"] = False  # beside thresholding diffusers never clips (DeepFloyd IF's config has both)
     if seen.origin is not None:
         found["source_class"] = seen.origin
     return found
@@ -247,7 +255,7 @@ def _vp(seen: Seen, rule: str) -> Reading:
     steps = seen.get("num_train_timesteps")
     if trained is not None:
         trained = [float(b) for b in np.asarray(trained, dtype=np.float64).ravel()]
-        if seen.says("num_train_timesteps") and int(steps) != len(trained) and "path" not in seen.present:
+        if seen.says("num_train_timesteps") and steps != len(trained):
             raise seen.refuse(rule, f"num_train_timesteps is {steps}, but trained_betas has {len(trained)} values")
         steps = len(trained)
     found = _common(seen, "vp", rule, steps)
@@ -296,7 +304,7 @@ def _flow(seen: Seen, rule: str) -> Reading:
     own, other = ("flow_shift", "shift") if seen.about and seen.about.family == "vp" else ("shift", "flow_shift")
     own = "shift" if "shift" in seen.chosen or rule.startswith("row 0") else own
     key = other if seen.says(other) and not seen.says(own) else own
-    found["shift"] = seen.number(key, 1.0)
+    found["shift"], found["flow_reversed"] = seen.number(key, 1.0), False
     found["use_dynamic_shifting"] = bool(seen.get("use_dynamic_shifting", False))
     found["time_shift_type"] = seen.get("time_shift_type", "exponential")
     if seen.get("shift_terminal"):  # diffusers reads 0 as none, too
@@ -310,87 +318,7 @@ def _edm(seen: Seen, rule: str, time: str) -> Reading:
     """Settings of a variance-exploding path with EDM's preconditioning."""
     found = _common(seen, "edm", rule, seen.get("num_train_timesteps", 1000))
     found.update({k: seen.number(k) for k in ("sigma_min", "sigma_max", "sigma_data")})
-    found["edm_time"] = time
+    found["edm_time"] = seen.get("edm_time", time)
     found.update(grid_settings(seen, "edm"))
     check(found)
     return Reading(found, rule)
-
-
-# ---------------------------------------------------------------------- from settings
-def check(settings: Mapping[str, Any]) -> None:
-    """Raise if settings make no path, name no grid, or contradict each other."""
-    family = one_of("path", settings.get("path"), FAMILIES)
-    kind = settings.get("prediction_type")
-    if kind not in PREDICTIONS[family]:
-        wanted = " or ".join(PREDICTIONS[family])
-        raise PathError(f"prediction_type {kind!r} does not belong to a {family} path; it needs {wanted}")
-    if settings.get("grid") is not None:
-        one_of("grid", settings["grid"], GRIDS)
-    one_of("final_sigmas_type", settings.get("final_sigmas_type", "zero"), ("zero", "sigma_min"))
-    if family == "vp" and settings.get("rescale_betas_zero_snr") and kind == "epsilon":
-        raise PathError(
-            "rescale_betas_zero_snr is true and prediction_type is epsilon: at the first step there is no signal, so a "
-            "noise prediction says nothing of the image: zero SNR needs v_prediction or sample."
-        )
-    path_of(settings)
-
-
-def path_of(settings: Mapping[str, Any], *, mu: float | None = None) -> Path:
-    """The path of normalized settings.
-
-    Args:
-        settings: of a `Reading`, or the config of a `TableScheduler`.
-        mu: the resolution-dependent shift of a run, used with `use_dynamic_shifting` only. Without it such a path is
-            unshifted: its nodes are right (a node does not depend on the shift), its time-uniform grids are not.
-    """
-    get: Callable[[str], Any] = settings.get
-    if get("path") == "edm":
-        missing = [k for k in ("sigma_min", "sigma_max", "sigma_data") if get(k) is None]
-        if missing:
-            raise PathError(f"path='edm' needs {', '.join(missing)}")
-        return Path.edm(get("sigma_min"), get("sigma_max"), sigma_data=get("sigma_data"), time=get("edm_time") or "log")
-    steps = get("num_train_timesteps")
-    if get("path") == "flow":
-        dynamic = get("use_dynamic_shifting")
-        return Path.flow(
-            # diffusers does not use a static shift beside a dynamic one
-            1.0 if dynamic else get("shift"),
-            train_steps=steps,
-            mu=mu if dynamic else None,
-            shift_type=get("time_shift_type") or "exponential",
-            terminal=get("shift_terminal"),
-        )
-    values = get("trained_betas")
-    if values is None:
-        values = betas(get("beta_schedule"), get("beta_start") or 0.0, get("beta_end") or 0.0, steps)
-    how = get("interpolation") or "lam"
-    path = Path.vp(
-        values, zero_snr=bool(get("rescale_betas_zero_snr")), snr_shift=get("snr_shift_scale"), interpolation=how
-    )
-    lowest = get("lambda_min_clipped")
-    return path if lowest is None or lowest == -math.inf else _clipped(path.alphas_cumprod, lowest, how)
-
-
-def _clipped(acp: np.ndarray, lowest: float, interpolation: str) -> Path:
-    """The VP path without the training steps below half log-SNR `lowest` (`lambda_min_clipped`)."""
-    with np.errstate(divide="ignore"):
-        keep = int(np.sum(0.5 * (np.log(acp) - np.log1p(-acp)) >= lowest))
-    if keep < 2:
-        raise PathError(f"lambda_min_clipped = {lowest} leaves {keep} of {len(acp)} training steps")
-    kept = acp[:keep]
-    return Path.vp(1 - kept / np.concatenate([[1.0], kept[:-1]]), interpolation=interpolation)
-
-
-def output_of(settings: Mapping[str, Any]) -> Output:
-    """What the model's raw output is."""
-    kind = settings["prediction_type"]
-    if settings["path"] == "edm":
-        return Output("edm_eps" if kind == "epsilon" else "edm_v", float(settings["sigma_data"]))
-    return Output.of(kind)
-
-
-def grid_of(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
-    """Grid name, options and end for a run of which only the number of calls is given."""
-    default = {"vp": "linspace_open", "flow": "trailing", "edm": "karras"}[settings["path"]]
-    options = dict(settings.get("grid_options") or {})
-    return settings.get("grid") or default, options, settings.get("final_sigmas_type") or "zero"

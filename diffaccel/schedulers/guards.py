@@ -45,7 +45,7 @@ def first_call(run: Run, timestep: Any) -> int:
     if isinstance(timestep, torch.Tensor) and timestep.ndim == 0 and timestep.device == known.device:
         start = known.untyped_storage().data_ptr()
         if start and timestep.untyped_storage().data_ptr() == start:
-            return timestep.storage_offset() - known.storage_offset()
+            return int(timestep.storage_offset() - known.storage_offset())
     value = float(timestep)
     near = (run.cpu_timesteps.double() - value).abs() <= 1e-5 * max(1.0, abs(value))
     if not near.any():

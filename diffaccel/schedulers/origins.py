@@ -184,7 +184,7 @@ class Seen:
             for k, v in config.items()
             if not k.startswith("_") and v is not None and (k not in listed or (k in own and not _same(v, own[k])))
         }
-        origin = config.get("source_class") or name
+        origin = chosen.get("source_class") or config.get("source_class") or name
         explicit = {**stated, **chosen}
         present = {k: v for k, v in config.items() if not k.startswith("_") and v is not None}
         return cls(origin, explicit, {**defaults(origin), **explicit}, present, frozenset(chosen))

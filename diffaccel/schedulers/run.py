@@ -27,7 +27,7 @@ class Compiled:
 
     row: Row
     to_p: tuple[Coef, Coef]  # P = u * state + w * output
-    to_x0: tuple[float, float]
+    to_x0: tuple[Coef, Coef]
     x0_to_p: tuple[Coef, Coef] | None  # P from an x0 that a policy changed; None where no policy is on
     plain: bool  # scalars only, no noise, registers or constant: the fast way through `advance`
 
@@ -157,10 +157,10 @@ def _affine(x: torch.Tensor, output: torch.Tensor, pair: tuple[Coef, Coef]) -> t
 
 
 def _combine(x: torch.Tensor, history: list[torch.Tensor], mix: Mix) -> torch.Tensor:
-    y = torch.mul(x, mix.x)
+    y = torch.mul(x, mix.x)  # type: ignore[arg-type]  # scalars: `plain` says so
     for p, b in zip(history, mix.p, strict=False):
         if b:
-            y.add_(p, alpha=b)
+            y.add_(p, alpha=b)  # type: ignore[arg-type]
     return y
 
 

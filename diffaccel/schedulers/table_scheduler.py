@@ -8,7 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
@@ -128,7 +128,7 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
 
     # ------------------------------------------------------------------ building
     @classmethod
-    def from_config(  # type: ignore[override]
+    def from_config(
         cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
         """A scheduler for the model that `config` belongs to.
@@ -147,10 +147,8 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
         settings, foreign = merged(cls, config, kwargs)
         made = cls(**settings)
         made.register_to_config(**foreign)
-        if "_use_default_values" not in config:  # a config read from a file has no such key; ours then has none
-            made._internal_dict = type(made._internal_dict)(
-                {k: v for k, v in made._internal_dict.items() if k != "_use_default_values"}
-            )
+        if not isinstance(config, FrozenDict):  # a config read from a file has no list of defaults; ours then has none
+            made._internal_dict = FrozenDict({k: v for k, v in made.config.items() if k != "_use_default_values"})
         return (made, {}) if return_unused_kwargs else made
 
     @classmethod
@@ -161,8 +159,9 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
 
     def portable(self) -> SchedulerMixin:
         """The nearest scheduler of diffusers itself, for saving a pipeline that people without diffaccel can load."""
-        name = self.config.source_class or NEAREST[self.config.path]
-        return getattr(diffusers, name).from_config(self.config)
+        kind = getattr(diffusers, self.config.source_class or NEAREST[self.config.path])
+        known = kind._get_init_keys(kind)
+        return kind.from_config({k: v for k, v in self.config.items() if k in known})
 
     def _sampler(self) -> tuple[Sampler, dict[str, Any]]:
         fixed, asked = self.sampler_name, self.config.sampler
