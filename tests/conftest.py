@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 # Before torch or diffusers is imported: a test never asks the network, and results do not depend on the cores.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import golden_data
 import pytest
 import torch
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    """The folder of the reference data; in files that collect their cases use `golden_data.folder` instead."""
-    return golden_data.folder()
 
 
 @pytest.fixture(autouse=True)
