@@ -13,12 +13,12 @@ from .encoders import size_of
 from .fit import Budget, _save, fit
 from .words import N_MEANINGS, TEMPLATES, all_captions
 
-SD = Budget(steps=6500, lr=1.5e-3, batch=64, warmup=200, ema=0.999, seed=4)
-FLOW = Budget(steps=5000, lr=1e-3, batch=64, warmup=100, ema=0.998, seed=5)
+SD = Budget(steps=5500, lr=1.5e-3, batch=64, warmup=200, ema=0.999, seed=4)
+FLOW = Budget(steps=4200, lr=1e-3, batch=64, warmup=100, ema=0.998, seed=5)
 PIXEL = Budget(steps=3500, lr=1.5e-3, batch=32, warmup=200, ema=0.999, seed=6)
 DROP = 0.1  # share of empty prompts, for classifier-free guidance
 ZERO_TOKENS, ZERO_ODDS = (1, 16, 256), (0.8, 0.15, 0.05)
-POOL = {32: 75_000, 64: 18_000}  # pre-encoded latents, colours drawn once
+POOL = {32: 60_000, 64: 12_000}  # pre-encoded latents, colours drawn once
 
 
 def batch_of(budget: Budget, size: int) -> int:

@@ -13,7 +13,7 @@ from . import data, nets
 from .fit import Budget, fit
 from .words import COLOURS, TEMPLATES, THINGS, all_captions
 
-VAE = Budget(steps=4000, lr=2e-3, batch=32, ema=0.998, seed=1)
+VAE = Budget(steps=3000, lr=2e-3, batch=32, ema=0.998, seed=1)
 CLIP = Budget(steps=2500, lr=1e-3, batch=96, seed=2)
 FEATURES = Budget(steps=6000, lr=2e-3, batch=64, seed=3)
 KL_WEIGHT = 1e-3

@@ -81,7 +81,7 @@ def load_text(out: Path) -> tuple:
     state = whole.state_dict()
     pair = []
     for cls in (CLIPTextModel, CLIPTextModelWithProjection):
-        model = cls(whole.config.text_config)
+        model = cls(whole.config.text_config).float()  # the config says float16
         own = {}
         for key in model.state_dict():
             source = key if key in state else f"text_model.{key}"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -50,6 +53,21 @@ def _save(state: dict, path: Path) -> None:
     os.replace(partial, path)
 
 
+@contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set, so that a run ends after its step with its state saved."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # Python sets signal handlers in the main thread only
+        return
+    before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
 def fit(
     name: str,
     net: nn.Module,
@@ -63,8 +81,8 @@ def fit(
 ) -> dict:
     """Train `net` in place with AdamW; on return it holds the averaged (EMA) weights. Returns the training receipt.
 
-    State is kept in `out/name.pt`: a second call continues there, with a longer budget too. After `minutes` the run
-    stops, keeps its state and says `complete: false`.
+    State is kept in `out/name.pt`: a second call continues there, with a longer budget too. After `minutes`, on SIGTERM
+    or Ctrl-C, the run stops, keeps its state and says `complete: false`.
     """
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"{name}.pt"
@@ -99,32 +117,33 @@ def fit(
         )
 
     net.train()
-    while step < budget.steps and (minutes is None or time.time() - begin < 60 * minutes):
-        for group in optimizer.param_groups:
-            group["lr"] = budget.rate(step)
-        optimizer.zero_grad(set_to_none=True)
-        loss = loss_fn(step, step_generator(budget.seed, step))
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        decay = min(budget.ema, step / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(average, [p.detach() for p in net.parameters()], 1 - decay)
-        window.append(float(loss.detach()))
-        if window[-1] != window[-1]:
-            raise FloatingPointError(f"{name}: the loss is NaN at step {step}; the last saved state is in {file}")
-        if step % 100 == 0 or step == budget.steps:
-            each = (time.time() - begin) / (step - start)
-            curve.append([step, round(sum(window) / len(window), 5)])
-            log(
-                f"{name}: step {step}/{budget.steps}  loss {curve[-1][1]:.4f}  {each:.3f} s/step  "
-                f"{each * (budget.steps - step) / 60:.0f} min left"
-            )
-            window.clear()
-        if time.time() - saved > save_every:
-            store()
-            saved = time.time()
+    with stop_on_signal() as stop:
+        while step < budget.steps and not stop.is_set() and (minutes is None or time.time() - begin < 60 * minutes):
+            for group in optimizer.param_groups:
+                group["lr"] = budget.rate(step)
+            optimizer.zero_grad(set_to_none=True)
+            loss = loss_fn(step, step_generator(budget.seed, step))
+            loss.backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            decay = min(budget.ema, step / (step + 10))
+            with torch.no_grad():
+                torch._foreach_lerp_(average, [p.detach() for p in net.parameters()], 1 - decay)
+            window.append(float(loss.detach()))
+            if window[-1] != window[-1]:
+                raise FloatingPointError(f"{name}: the loss is NaN at step {step}; the last saved state is in {file}")
+            if step % 100 == 0 or step == budget.steps:
+                each = (time.time() - begin) / (step - start)
+                curve.append([step, round(sum(window) / len(window), 5)])
+                log(
+                    f"{name}: step {step}/{budget.steps}  loss {curve[-1][1]:.4f}  {each:.3f} s/step  "
+                    f"{each * (budget.steps - step) / 60:.0f} min left"
+                )
+                window.clear()
+            if time.time() - saved > save_every:
+                store()
+                saved = time.time()
     if step > start:
         store()
     with torch.no_grad():
