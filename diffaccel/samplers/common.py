@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from ..core.node import Node, decay
+from ..core.node import Node, decay, step
 from ..core.path import Nodes
 from ..errors import OptionError
 
@@ -50,6 +50,15 @@ def finite(s: Node) -> bool:
 def ratios(past: Sequence[Node], s: Node, h: float) -> list[float]:
     """`r_j = (lam_j - lam_s)/h` of past nodes, newest first (negative numbers)."""
     return [(node.lam - s.lam) / h for node in past]
+
+
+# In noise space the weight of a prediction made at the end of a step grows as e^h, without bound towards alpha = 0.
+LONG = 3.0
+
+
+def is_long(s: Node, t: Node) -> bool:
+    """Whether s -> t is too long in lam to use a prediction made at t in noise space (so it is from alpha = 0)."""
+    return step(s, t) > LONG
 
 
 def eps_space(s: Node) -> str:

@@ -17,11 +17,9 @@ from .registry import sampler
     order=lambda order=3, **_: order,
     space="eps",
     paper="arXiv:2204.13902, Eq. 14, 15 (rhoAB with the polynomial in log rho)",
-    variants=tuple({"order": k, "lower_order_final": False} for k in (1, 2, 3, 4)),
+    variants=tuple({"order": k, "lower_order_final": False} for k in (1, 2, 3)),
 )
-def deis(
-    x: Any, nodes: Nodes, predict: Any, noise: Any, *, order: int = 3, lower_order_final: bool = True
-) -> Any:
+def deis(x: Any, nodes: Nodes, predict: Any, noise: Any, *, order: int = 3, lower_order_final: bool = True) -> Any:
     """`x_t = (alpha_t/alpha_s) x_s - alpha_t Int e^-lam eps(lam) dlam`, eps a polynomial in lam = -log(sigma/alpha).
 
     The same as `unipc(variant="exact", space="eps", corrector=False)`.

@@ -43,11 +43,11 @@ def _order(order: float = 1.8, kind: str = "ghvb", weights: str = "constant", **
     space="eps",
     paper="arXiv:2307.11118, Section 4 and Appendix (GHVB); momentum_scheduler.py of the authors",
     variants=(
-        {"order": 0.6},
+        {"order": 0.9},
         {"order": 2.0},
-        {"order": 2.7},
         {"order": 3.7},
-        {"order": 2.0, "weights": "variable"},
+        {"order": 2.5, "weights": "variable"},
+        {"order": 3.7, "weights": "variable"},
         {"order": 2.7, "kind": "heavy_ball"},
         {"order": 2.7, "kind": "nesterov"},
     ),
@@ -95,8 +95,10 @@ def ghvb(
 
 
 def averaged(v: Any, p: Any, beta: float) -> Any:
-    """`(1 - beta) v + beta p`, kept as a register; p itself at the start and without momentum."""
-    return p if v is None or beta == 1 else carry((1 - beta) * v + beta * p)
+    """`(1 - beta) v + beta p`, which begins with p, kept as a register; without momentum p itself."""
+    if beta == 1:
+        return p
+    return carry(p if v is None else (1 - beta) * v + beta * p)
 
 
 def step_weights(past: list[tuple[Node, Any]], s: Node, t: Node, weights: str) -> Any:

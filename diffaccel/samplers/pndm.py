@@ -7,7 +7,7 @@ from typing import Any
 from ..core.node import Node
 from ..core.path import Nodes
 from ..core.phi import lagrange_integrals
-from .common import check_order, eps_space, intervals, lead, weighted
+from .common import check_order, eps_space, intervals, is_long, lead, weighted
 from .registry import sampler
 
 
@@ -48,12 +48,13 @@ def pndm(x: Any, nodes: Nodes, predict: Any, noise: Any, *, order: int = 4, call
     warm = order > 1 and (calls is None or calls > len(nodes) - 1)
     past: list[tuple[Node, Any]] = []
     for i, s, t in intervals(nodes):
-        space = eps_space(s)
+        twice = warm and i == 0 and t.sigma > 0
+        # The mean of two x0 is stable where that of two eps is not, and right at alpha = 0, where eps says nothing.
+        space = "x0" if twice and is_long(s, t) else eps_space(s)
         mean = p = predict(x, s, space=space)
         if space == "eps":
             past = [(s, p), *past][:order]
-        if i == 0 and warm and t.sigma > 0:
-            # At alpha = 0 the mean of two x0 is the trapezoidal rule in alpha/sigma, where eps would say nothing.
+        if twice:
             mean = 0.5 * (p + predict(lead(x, p, s, t, space), t, space=space))
         elif space == "eps" and t.sigma > 0:
             mean = weighted(adams_bashforth(len(past)), past)

@@ -10,7 +10,7 @@ from ..core.node import Node, step
 from ..core.path import Nodes
 from ..core.phi import exact_weights
 from ..errors import OptionError, one_of
-from .common import check_order, eps_space, finite, intervals, lead, order_at, ratios
+from .common import check_order, eps_space, finite, intervals, is_long, lead, order_at, ratios
 from .registry import sampler
 
 VARIANTS = ("bh1", "bh2", "exact", "vary_coeff")
@@ -40,11 +40,9 @@ def _order(order: int = 2, corrector: Any = True, **_: Any) -> int:
         {"order": 2, "lower_order_final": False},
         {"order": 2, "variant": "bh1", "space": "eps", "lower_order_final": False},
         {"order": 2, "variant": "exact", "corrector": False, "lower_order_final": False},
-        {"order": 2, "corrector": (0,)},
-        {"order": 3, "variant": "bh1"},
-        {"order": 3, "space": "eps"},
-        {"order": 3, "variant": "exact", "lower_order_final": False},
+        {"order": 2, "corrector": [0]},
         {"order": 3, "variant": "exact", "corrector": False, "lower_order_final": False},
+        {"order": 3, "variant": "bh1", "space": "eps", "corrector": False},
         {"order": 4, "variant": "exact"},
     ),
 )
@@ -74,7 +72,8 @@ def unipc(
             "exact" (the corrector published under that name is of first order).
         space: what is interpolated, "x0" or "eps".
         corrector: True, False, or the steps whose corrector is off (i: the one applied after step i, at node i + 1),
-            counted from the node where the run begins.
+            counted from the node where the run begins. There is none after a step from alpha = 0, nor in noise space
+            after one longer than `common.LONG`.
         lower_order_final: one order less towards the last nodes (advised below 15 calls).
     """
     check_order("unipc", order, 4)
@@ -87,17 +86,18 @@ def unipc(
     for i, s, t in intervals(nodes):
         here = eps_space(s) if space == "eps" else space
         p = predict(x, s, space=here)
-        if done is not None and off is not None and i - 1 not in off:
+        if done is not None:
             x = x + correction(done, p, space, variant)
+            done = None
         x = lead(x, p, s, t, here)
-        done = None
-        if not finite(s):
-            continue
+        if not finite(s) or t.sigma == 0:
+            continue  # of first order, and no part of the history
         past = [(s, p), *past][:order]
-        if t.sigma > 0:
-            q = order_at(i, n, order, len(past) - 1, lower_final=lower_order_final)
-            done = Step(s, t, past[:q], predictor(past[:q], s, t, space, variant))
-            x = x + increment(past[1:q], done.weights, p)
+        used = past[: order_at(i, n, order, len(past) - 1, lower_final=lower_order_final)]
+        weights = predictor(used, s, t, space, variant)
+        x = x + increment(used[1:], weights, p)
+        if off is not None and i not in off and not (space == "eps" and is_long(s, t)):
+            done = Step(s, t, used, weights)
     return x
 
 

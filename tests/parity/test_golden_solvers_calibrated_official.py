@@ -103,4 +103,3 @@ def test_unipc_states(path, case):
     space = options["space"]
     final = get("unipc").run(data["x_T"], nodes, lambda x, s: Prediction(model.predict(x, s, space), space), **options)
     np.testing.assert_allclose(final, expected[-1], rtol=0, atol=1e-10)
-
