@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -106,6 +107,7 @@ class Sampler:
 
 
 REGISTRY: dict[str, Sampler] = {}
+_FAILED: set[Any] = set()  # entry points that could not be loaded; each is reported once
 
 
 def sampler(
@@ -126,14 +128,23 @@ def sampler(
     """
 
     def register(loop: Loop) -> Loop:
-        made = Sampler(name, loop, order, space, paper, intervals, stochastic, variants, smooth)
-        old = REGISTRY.get(name)
-        if old is not None and (old.loop.__module__, old.loop.__qualname__) != (loop.__module__, loop.__qualname__):
-            raise OptionError(f"a sampler named {name!r} is registered already, by {old.loop.__module__}")
-        REGISTRY[name] = made
+        add(Sampler(name, loop, order, space, paper, intervals, stochastic, variants, smooth))
         return loop
 
     return register
+
+
+def add(made: Sampler) -> Sampler:
+    """Register a sampler object, such as `from_k_diffusion` makes.
+
+    Raises:
+        OptionError: if the name is taken by another loop.
+    """
+    old, loop = REGISTRY.get(made.name), made.loop
+    if old is not None and (old.loop.__module__, old.loop.__qualname__) != (loop.__module__, loop.__qualname__):
+        raise OptionError(f"a sampler named {made.name!r} is registered already, by {old.loop.__module__}")
+    REGISTRY[made.name] = made
+    return made
 
 
 def get(name: str | Sampler) -> Sampler:
@@ -158,6 +169,22 @@ def samplers() -> dict[str, Sampler]:
 
 
 def load_plugins() -> None:
-    """Import the modules or loops that installed packages name under the entry point `diffaccel.samplers`."""
+    """Import what installed packages name under the entry point `diffaccel.samplers`.
+
+    That is a module or a loop, which registers itself with `@sampler` when it is imported, or a `Sampler`. A plug-in
+    that fails is skipped with a warning, so that it takes nothing but itself away.
+    """
     for point in entry_points(group=ENTRY_POINTS):
-        point.load()
+        if point in _FAILED:
+            continue
+        try:
+            found = point.load()
+            if isinstance(found, Sampler):
+                add(found)
+        except Exception as error:
+            _FAILED.add(point)
+            warnings.warn(
+                f"the sampler plug-in {point.name!r} ({point.value}) was skipped, because loading it failed: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
+            )
