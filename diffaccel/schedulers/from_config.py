@@ -225,7 +225,12 @@ def _missing(seen: Seen) -> tuple[str, ...]:
 
 
 # ---------------------------------------------------------------------- settings of each family
-def _common(seen: Seen, family: str, rule: str, steps: Any) -> dict[str, Any]:
+def _steps(seen: Seen) -> int | None:
+    value = seen.number("num_train_timesteps")
+    return None if value is None else int(value)
+
+
+def _common(seen: Seen, family: str, rule: str, steps: int | None) -> dict[str, Any]:
     """What every path has: T, what the model predicts, and the policies that somebody asked for."""
     kind = seen.get("prediction_type")
     missing = tuple(k for k, v in (("prediction_type", kind), ("num_train_timesteps", steps)) if v is None)
@@ -234,7 +239,7 @@ def _common(seen: Seen, family: str, rule: str, steps: Any) -> dict[str, Any]:
     if kind not in PREDICTIONS[family]:
         wanted = " or ".join(PREDICTIONS[family])
         raise seen.refuse(rule, f"prediction_type {kind!r} does not belong to a {family} path (needs {wanted})")
-    found: dict[str, Any] = {"path": family, "num_train_timesteps": int(steps), "prediction_type": kind}
+    found: dict[str, Any] = {"path": family, "num_train_timesteps": steps, "prediction_type": kind}
     for switch, more in POLICY_KEYS.items():
         if switch in seen.explicit:
             found[switch] = seen.on(switch)
@@ -252,7 +257,7 @@ def _vp(seen: Seen, rule: str) -> Reading:
     """Settings of a VP path."""
     trained = None if seen.chosen & set(BETA_KEYS[:3]) else seen.get("trained_betas")
     trained = seen.explicit["trained_betas"] if "trained_betas" in seen.chosen else trained
-    steps = seen.get("num_train_timesteps")
+    steps = _steps(seen)
     if trained is not None:
         trained = [float(b) for b in np.asarray(trained, dtype=np.float64).ravel()]
         if seen.says("num_train_timesteps") and steps != len(trained):
@@ -300,7 +305,7 @@ def _flow(seen: Seen, rule: str) -> Reading:
             raise seen.refuse(rule, f"{switch} is true: {why}")
     if "prediction_type" not in seen.explicit:
         seen.known["prediction_type"] = "flow_prediction"
-    found = _common(seen, "flow", rule, seen.get("num_train_timesteps"))
+    found = _common(seen, "flow", rule, _steps(seen))
     own, other = ("flow_shift", "shift") if seen.about and seen.about.family == "vp" else ("shift", "flow_shift")
     own = "shift" if "shift" in seen.chosen or rule.startswith("row 0") else own
     key = other if seen.says(other) and not seen.says(own) else own
@@ -316,7 +321,7 @@ def _flow(seen: Seen, rule: str) -> Reading:
 
 def _edm(seen: Seen, rule: str, time: str) -> Reading:
     """Settings of a variance-exploding path with EDM's preconditioning."""
-    found = _common(seen, "edm", rule, seen.get("num_train_timesteps", 1000))
+    found = _common(seen, "edm", rule, _steps(seen) or 1000)
     found.update({k: seen.number(k) for k in ("sigma_min", "sigma_max", "sigma_data")})
     found["edm_time"] = seen.get("edm_time", time)
     found.update(grid_settings(seen, "edm"))

@@ -135,19 +135,20 @@ def _same(value: Any, default: Any) -> bool:
 def infer(config: Mapping[str, Any]) -> str | None:
     """The class that built a live config without `_class_name`, as that of `DDIMScheduler()`.
 
-    Such a config holds every argument of its class, and lists those that are at their defaults: the class is the one
-    with the most arguments that has all of the listed defaults, if no class of another kind has as many.
+    Such a config holds every argument of its class, and lists those that were left at their defaults: the class is the
+    one with the most arguments, and then with the most of these defaults, if no class of another kind has as many.
     """
     listed = config.get("_use_default_values")
     if not listed:
         return None
-    fits: dict[str, int] = {}
+    fits: dict[str, tuple[int, int]] = {}
     for name in (*ORIGINS, *REFUSED):
         known = defaults(name)
-        if known.keys() <= config.keys() and all(k in known and _same(config[k], known[k]) for k in listed):
-            fits[name] = len(known)
-    # of classes with the same arguments (DDIM, DDIMParallel) the plainest name
-    best = sorted((name for name, size in fits.items() if size == max(fits.values())), key=len)
+        if known.keys() <= config.keys() and known.keys() >= set(listed):
+            # a few values may have been registered anew since
+            fits[name] = (len(known), sum(_same(config[k], known[k]) for k in listed))
+    # of classes with the same arguments and defaults (DDIM, DDIMParallel) the plainest name
+    best = sorted((name for name, fit in fits.items() if fit == max(fits.values())), key=len)
     return best[0] if best and len({ORIGINS.get(name) for name in best}) == 1 else None
 
 
