@@ -22,7 +22,7 @@ def grid(path, lams=LAMS):
 @pytest.mark.parametrize("path", [Path.vp_linear(), Path.edm(), Path.flow()], ids=lambda p: p.family)
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_exact_for_polynomials_in_lam(order, path):
-    """With a history that is full from the start of the last step on: `eps = lam^k`, k < order, is integrated exactly."""
+    """Where the history is full, `eps = lam^k` is integrated exactly for k < order, and not for k = order."""
     nodes = grid(path)
     rows = DEIS.trace(nodes, order=order, lower_order_final=False).rows
     row, i = rows[-1], len(rows) - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_order_on_uniform_levels_from_an_exact_start(order):
     for n in (80, 160):
         nodes = grid(n, high=3.0, low=0.5)
         states = [x]
-        for s, t in zip(nodes[: order - 1], nodes[1:order], strict=True):
+        for s, t in pairwise(nodes[:order]):
             states.append(problem.flow(states[-1], s, t))
 
         def predict(state, node, nodes=nodes, states=states):
