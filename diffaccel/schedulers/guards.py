@@ -24,10 +24,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def numbers(values: Any) -> list[float] | None:
+def numbers(values: Any, what: str) -> list[float] | None:
+    """The user's list, array or tensor of numbers as a list.
+
+    Raises:
+        OptionError: if it is anything else.
+    """
     if values is None:
         return None
-    return [float(v) for v in (values.tolist() if hasattr(values, "tolist") else values)]
+    try:
+        return [float(v) for v in (values.tolist() if hasattr(values, "tolist") else values)]
+    except (TypeError, ValueError):
+        raise OptionError(f"{what} must be a one-dimensional list of numbers, got {values!r}") from None
 
 
 def training_steps(path: Path) -> torch.Tensor:
@@ -58,9 +66,7 @@ def first_call(run: Run, timestep: Any) -> int:
 
 def output_for(output: Any, x: torch.Tensor) -> torch.Tensor:
     """The prediction in the dtype and place of the state, without a learned variance."""
-    if not isinstance(output, torch.Tensor) or output.is_complex():
-        kind = type(output).__name__ if not isinstance(output, torch.Tensor) else str(output.dtype)
-        raise RunError(f"step needs the model's output as a real tensor, got {kind}")
+    _real(output, "the model's output")
     if output.shape != x.shape:
         if output.ndim == x.ndim >= 2 and output.shape[1] == 2 * x.shape[1]:
             output = output[:, : x.shape[1]]
@@ -70,6 +76,18 @@ def output_for(output: Any, x: torch.Tensor) -> torch.Tensor:
                 "equal, or the output may have twice the channels (learned variance)"
             )
     return output.to(x)
+
+
+def state_for(sample: Any) -> torch.Tensor:
+    """The state in float32, for samples of another real dtype than float32 and float64."""
+    return _real(sample, "the sample").float()
+
+
+def _real(value: Any, what: str) -> torch.Tensor:
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value
+    kind = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+    raise RunError(f"step needs {what} as a real tensor of floating-point numbers, got {kind}")
 
 
 def check_finite(state: torch.Tensor, output: torch.Tensor, i: int, n: int) -> None:
@@ -88,7 +106,8 @@ def only_neutral(kwargs: Mapping[str, Any]) -> None:
         if name not in NEUTRAL:
             raise OptionError(f"step takes no argument {name!r}; it takes model_output, timestep, sample, generator")
         if isinstance(value, torch.Tensor) or value not in NEUTRAL[name]:
+            shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
             raise OptionError(
-                f"step was given {name}={value!r}, which would have no effect: stochasticity and clipping are "
+                f"step was given {name}={shown}, which would have no effect: stochasticity and clipping are "
                 "settings of the sampler (from_config(..., eta=...), clip_sample=...), not arguments of step"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,10 @@ def edited(run: Run, sampler: Sampler, options: dict[str, Any]) -> Run:
             "its sigmas are not its grid; pass sigmas= to set_timesteps"
         )
     old = [float(s) for s in run.checked] if run.checked is not None else values
-    found = [n if v == o else _at(path, v) for n, v, o in zip(run.grid, values, old, strict=True)]
+    # A value copied from another place (Cosmos 2: the last but one) means that node, not its float32 rounding.
+    known = dict(zip(old, run.grid, strict=True))
+    copied = (replace(known[v]) if v in known else _at(path, v) for v in values)
+    found = [n if v == o else c for n, v, o, c in zip(run.grid, values, old, copied, strict=True)]
     again = run_on(checked(found, path, "edited sigmas"), sampler, options, len(run), run.timesteps.device)
     again.begin, again.notes = run.begin, [*run.notes, "sigmas were edited after set_timesteps; compiled again"]
     return again

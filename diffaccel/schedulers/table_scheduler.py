@@ -16,7 +16,7 @@ from ..errors import OptionError, RunError, one_of
 from ..samplers.registry import Sampler, get
 from .compat import COMPATIBLES, NEAREST, merged
 from .from_config import grid_of, output_of, path_of
-from .guards import check_finite, first_call, numbers, only_neutral, output_for
+from .guards import check_finite, first_call, numbers, only_neutral, output_for, state_for
 from .plan import edited, plan
 from .policy import policy_of
 from .registration import public, register_library
@@ -195,7 +195,7 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
             OptionError: no or contradicting numbers of calls, noise that does not fall, a missing `mu`.
         """
         sampler, options = self._sampler()
-        given = (num_inference_steps, device, numbers(sigmas), numbers(timesteps), mu)
+        given = (num_inference_steps, device, numbers(sigmas, "sigmas"), numbers(timesteps, "timesteps"), mu)
         self._runs.set(plan(self.config, sampler, options, *given))
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -218,7 +218,8 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
         if run is None:
             sigma = path_of(self.config).at(float(timestep)).sigma
         else:
-            i = run.counter if run.counter is not None else first_call(run, timestep)
+            i = next((k for k in (run.counter, run.begin) if k is not None), None)
+            i = first_call(run, timestep) if i is None else i
             sigma = run.nodes[min(i, len(run) - 1)].sigma
         data = output_of(self.config).sigma_data
         return sample * (sigma * sigma + data * data) ** -0.5
@@ -256,10 +257,15 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
         i: int = run.counter  # type: ignore[assignment]
         if i >= len(run):
             raise RunError(f"this run finished after {len(run)} calls; call set_timesteps to begin another")
-        dtype = sample.dtype
-        x = sample if dtype is torch.float32 or dtype is torch.float64 else sample.float()
+        dtype = getattr(sample, "dtype", None)
+        x = sample if dtype is torch.float32 or dtype is torch.float64 else state_for(sample)
         output = model_output
-        if output.shape != x.shape or output.dtype is not x.dtype or output.device != x.device:
+        if (
+            not isinstance(output, torch.Tensor)
+            or output.shape != x.shape
+            or output.dtype is not x.dtype
+            or output.device != x.device
+        ):
             output = output_for(model_output, x)
         if run.history and run.history[0].shape != x.shape:
             run.notes.append(f"call {i}: the state became {tuple(x.shape)}; the history was dropped")
