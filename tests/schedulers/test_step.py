@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from scheduler_cases import PATHS, cases, generator, label, loop, make, model, noise, sampled
+from scheduler_runs import PATHS, cases, generator, label, loop, make, model, noise, sampled
 
 from diffaccel import TableScheduler, TableSchedulerOutput
 from diffaccel.errors import OptionError, RunError
@@ -143,7 +143,7 @@ def test_counter_may_not_be_set_from_outside():
         (X[:, :3], X, r"output has shape \(2, 3, 6, 6\) and the sample \(2, 4, 6, 6\)"),
         (X[:1], X, r"shape \(1, 4, 6, 6\)"),
         (torch.cat([X, X, X], 1), X, "twice the channels"),
-        (X.to(torch.complex64), X, "real tensor, got torch.complex64"),
+        (X.to(torch.complex64), X, "model.s output as a real tensor .* got torch.complex64"),
         (X.long(), X, "torch.int64"),
         (X.numpy(), X, "got ndarray"),
         (None, X, "got NoneType"),
