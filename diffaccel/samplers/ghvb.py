@@ -41,7 +41,7 @@ def _order(order: float = 1.8, kind: str = "ghvb", weights: str = "constant", **
     "ghvb",
     order=_order,
     space="eps",
-    paper="arXiv:2307.11118, Section 4 and Appendix (GHVB); momentum_scheduler.py of the authors",
+    paper="arXiv:2307.11118 (heavy ball, Nesterov, GHVB), with the weights of the authors' momentum_scheduler.py",
     variants=(
         {"order": 0.9},
         {"order": 2.0},

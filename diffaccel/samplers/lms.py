@@ -15,7 +15,7 @@ from .registry import sampler
     "lms",
     order=lambda order=4, **_: order,
     space="eps",
-    paper="K. Crowson, k-diffusion, sample_lms (Adams-Bashforth with variable steps in sigma, cf. arXiv:2206.00364)",
+    paper="K. Crowson, k-diffusion, sample_lms; the ODE of arXiv:2206.00364, Eq. 1",
     variants=tuple({"order": k} for k in (1, 2, 3)),
 )
 def lms(x: Any, nodes: Nodes, predict: Any, noise: Any, *, order: int = 4) -> Any:

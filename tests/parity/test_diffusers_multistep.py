@@ -1,7 +1,7 @@
 """UniPC, DEIS, PNDM and LMS against diffusers' classes on the exact model of a Gaussian mixture.
 
-Where diffusers is right we agree to 1e-9 with its formulas on float64 levels, and to 3e-5 with the class as it is,
-whose levels are float32; where it is wrong the tests show its value, ours and the true one.
+Where diffusers is right we agree to 1e-9 with its formulas on float64 levels, and to 1e-5 with the class as it is
+(3e-5 for DEIS of order 3), whose levels are float32; where it is wrong the tests show its value, ours and the true one.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ def sharpened(scheduler, nodes):
     return scheduler
 
 
-def agree(theirs, n, nodes, ours):
+def agree(theirs, n, nodes, ours, limit=1e-5):
     """Whether all states agree: with the class as it is, and with float64 levels."""
     found = their_states(theirs, nodes.path)
-    assert distance(ours, found) < 3e-5
+    assert distance(ours, found) < limit
     theirs.set_timesteps(n)
     assert distance(ours, their_states(sharpened(theirs, nodes), nodes.path)) < 1e-9
 
@@ -81,7 +81,9 @@ def test_deis(order, n):
     theirs = DEISMultistepScheduler(**SD, solver_order=order)
     theirs.set_timesteps(n)
     nodes = nodes_of(theirs, "sigma_min")
-    agree(theirs, n, nodes, our_states("deis", nodes, order=order, lower_order_final=n < 15))
+    agree(
+        theirs, n, nodes, our_states("deis", nodes, order=order, lower_order_final=n < 15), 1e-5 if order < 3 else 3e-5
+    )
 
 
 @pytest.mark.parametrize("n", [4, 10, 25])
@@ -100,7 +102,7 @@ def test_lms(n):
     theirs = LMSDiscreteScheduler(**SD, timestep_spacing="leading", steps_offset=1)
     theirs.set_timesteps(n)
     nodes = nodes_of(theirs, "zero")
-    for sharp, limit in ((False, 3e-5), (True, 1e-9)):
+    for sharp, limit in ((False, 1e-5), (True, 1e-9)):
         theirs.set_timesteps(n)
         found = their_states(sharpened(theirs, nodes) if sharp else theirs, nodes.path)
         ours = our_states("lms", nodes, start=nodes[0].alpha * found[0])
@@ -120,7 +122,7 @@ def test_unipc(space, variant, final, order, n):
     ours = our_states("unipc", nodes, order=order, variant=variant, space=space, corrector=[1])
     if final == "zero" and (variant, space) != ("bh2", "x0"):
         found = their_states(theirs, nodes.path)  # of which the last is not finite, see below
-        assert distance(ours[:-1], found[:-1]) < 3e-5
+        assert distance(ours[:-1], found[:-1]) < 1e-5
     else:
         agree(theirs, n, nodes, ours)
 
@@ -137,7 +139,7 @@ def test_unipc_to_sigma_zero(variant, space, order):
     ours = our_states("unipc", nodes, order=order, variant=variant, space=space)
     true = PROBLEM.flow(START, nodes[0], nodes[-1], 1e-9)
     assert not np.isfinite(found[-1]).any()
-    assert distance(ours[:-1], found[:-1]) < 3e-5
+    assert distance(ours[:-1], found[:-1]) < 1e-5
     assert np.median(np.abs(ours[-1] - true)) < 0.05
 
 
