@@ -12,10 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from ..core.path import Path
-from ..errors import OptionError, no_leftover, one_of
+from ..errors import OptionError, PathError, no_leftover, one_of
 from .grid_choice import grid_settings
 from .origins import REFUSED, REFUSED_KEYS, Seen
 from .settings import FAMILIES, PREDICTIONS, check, grid_of, output_of, path_of
@@ -48,6 +46,12 @@ OURS_FOR = {
     "use_flow_sigmas": "path='flow', prediction_type='flow_prediction'",
     "set_alpha_to_one": "final_sigmas_type='zero' or 'sigma_min'",
     "mu": "set_timesteps(..., mu=...): it belongs to a run",
+}
+# Switches of flow models that are refused.
+NOT_YET = {
+    "invert_sigmas": "the model is fed 1 - sigma and predicts data - noise, which is not supported yet",
+    "flow_reversed": "reversed flow (invert_sigmas) is not supported yet",
+    "stochastic_sampling": "the row x = (1-s) x0 + s z is not supported yet; for a plain run drop the key",
 }
 # beta schedules that do not use beta_start and beta_end
 ENDLESS = ("squaredcos_cap_v2", "laplace", "exp")
@@ -184,7 +188,7 @@ def _continuous(seen: Seen) -> Reading | None:
         raise seen.refuse(
             "row 6", "timestep_type continuous with v_prediction is an EDM model of unknown range", missing
         )
-    seen.known["sigma_data"] = 1.0
+    seen.known.setdefault("sigma_data", 1.0)
     return _edm(seen, "row 6: timestep_type continuous, v_prediction", "log")
 
 
@@ -203,7 +207,7 @@ def _edm_keys_alone(seen: Seen) -> None:
 
 def _vp_rows(seen: Seen) -> Reading | None:
     """Rows 7 to 9: variance preserving, from a list of betas or from a named schedule."""
-    if seen.get("trained_betas") is not None:
+    if _trained(seen) is not None:
         return _vp(seen, "row 7: trained_betas")
     schedule = seen.get("beta_schedule")
     if schedule is None:
@@ -253,13 +257,28 @@ def _common(seen: Seen, family: str, rule: str, steps: int | None) -> dict[str, 
     return found
 
 
+def _checked(seen: Seen, rule: str, found: dict[str, Any]) -> Reading:
+    """The reading, if its settings make a path."""
+    try:
+        check(found)
+    except PathError as error:
+        raise seen.refuse(rule, str(error).rstrip(".")) from None
+    return Reading(found, rule)
+
+
+def _trained(seen: Seen) -> list[float] | None:
+    """The list of betas (a list, an array or a tensor), unless the user states other betas."""
+    if seen.chosen & set(BETA_KEYS[:3]) and "trained_betas" not in seen.chosen:
+        return None
+    values = seen.get("trained_betas")
+    values = values.tolist() if hasattr(values, "tolist") else values
+    return None if values is None else [float(b) for b in values]
+
+
 def _vp(seen: Seen, rule: str) -> Reading:
     """Settings of a VP path."""
-    trained = None if seen.chosen & set(BETA_KEYS[:3]) else seen.get("trained_betas")
-    trained = seen.explicit["trained_betas"] if "trained_betas" in seen.chosen else trained
-    steps = _steps(seen)
+    trained, steps = _trained(seen), _steps(seen)
     if trained is not None:
-        trained = [float(b) for b in np.asarray(trained, dtype=np.float64).ravel()]
         if seen.says("num_train_timesteps") and steps != len(trained):
             raise seen.refuse(rule, f"num_train_timesteps is {steps}, but trained_betas has {len(trained)} values")
         steps = len(trained)
@@ -283,24 +302,19 @@ def _vp(seen: Seen, rule: str) -> Reading:
     found["interpolation"] = seen.get("interpolation", "sigma" if linear else "lam")
     found["lambda_min_clipped"] = seen.number("lambda_min_clipped", -math.inf)
     found.update(grid_settings(seen, "vp"))
-    check(found)
+    reading = _checked(seen, rule, found)
     if found["rescale_betas_zero_snr"] and found["grid"] == "leading":
         warnings.warn(
             "this model was trained to start at pure noise (rescale_betas_zero_snr), but timestep_spacing 'leading' "
             "never feeds it the last training step; use grid='trailing'",
             stacklevel=4,
         )
-    return Reading(found, rule)
+    return reading
 
 
 def _flow(seen: Seen, rule: str) -> Reading:
     """Settings of a flow path."""
-    for switch, why in (
-        ("invert_sigmas", "the model is fed 1 - sigma and predicts data - noise, which is not supported yet"),
-        ("flow_reversed", "reversed flow (invert_sigmas) is not supported yet"),
-        ("stochastic_sampling", "the row x = (1-s) x0 + s z is not supported yet; for a plain run pass a config "
-                                "without this key"),
-    ):  # fmt: skip
+    for switch, why in NOT_YET.items():
         if seen.get(switch):
             raise seen.refuse(rule, f"{switch} is true: {why}")
     if "prediction_type" not in seen.explicit:
@@ -315,8 +329,7 @@ def _flow(seen: Seen, rule: str) -> Reading:
     if seen.get("shift_terminal"):  # diffusers reads 0 as none, too
         found["shift_terminal"] = seen.number("shift_terminal")
     found.update(grid_settings(seen, "flow"))
-    check(found)
-    return Reading(found, rule)
+    return _checked(seen, rule, found)
 
 
 def _edm(seen: Seen, rule: str, time: str) -> Reading:
@@ -325,5 +338,4 @@ def _edm(seen: Seen, rule: str, time: str) -> Reading:
     found.update({k: seen.number(k) for k in ("sigma_min", "sigma_max", "sigma_data")})
     found["edm_time"] = seen.get("edm_time", time)
     found.update(grid_settings(seen, "edm"))
-    check(found)
-    return Reading(found, rule)
+    return _checked(seen, rule, found)

@@ -14,6 +14,7 @@ from diffusers import SchedulerMixin
 from scheduler_cases import build, every_class, table_of
 
 from diffaccel.errors import PathError
+from diffaccel.schedulers import TableScheduler
 from diffaccel.schedulers.from_config import output_of, read
 from diffaccel.schedulers.origins import ORIGINS, REFUSED
 
@@ -105,6 +106,14 @@ def test_our_reading_never_drops_a_default(first):
     hop = build("DDIMScheduler").from_config({**settings, "_class_name": "TableScheduler"})
     assert read(hop).path == read(scheduler).path
     assert np.abs(read(hop).path.alphas_cumprod - table_of(scheduler)).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", [n for n in every_class() if n in ORIGINS])
+def test_our_own_scheduler_keeps_the_path(name):
+    first = TableScheduler.from_config(build(name).config)
+    saved = json.loads(first.to_json_string())
+    for given in (first, first.config, saved, TableScheduler.from_config(saved)):
+        assert read(given).path == read(build(name)).path
 
 
 def test_diffusers_does_drop_them():

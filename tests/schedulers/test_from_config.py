@@ -190,8 +190,10 @@ def test_trained_betas(kind):
         read({**given, "num_train_timesteps": 1000})
     # the user's own betas win over the list
     again = read(given, beta_end=0.02)
-    assert again.rule.startswith("row 7") is False or "trained_betas" not in again.settings
+    assert again.rule.startswith("row 8") and "trained_betas" not in again.settings
     assert again.settings["beta_end"] == 0.02
+    with pytest.raises(PathError, match=r"(?s)betas in \(0, 1\).*class: DDIMScheduler"):
+        read({**given, "trained_betas": [0.1, 2.0]})
 
 
 def test_trained_betas_equal_the_class():
@@ -203,7 +205,7 @@ def test_trained_betas_equal_the_class():
 
 def test_zero_snr_needs_another_prediction():
     given = {**config("noobai_v"), "prediction_type": "epsilon"}
-    with pytest.raises(PathError, match="zero SNR needs v_prediction or sample"):
+    with pytest.raises(PathError, match=r"(?s)zero SNR needs v_prediction or sample.*class: EulerDiscreteScheduler"):
         read(given)
     assert read(given, prediction_type="sample").settings["prediction_type"] == "sample"
 
