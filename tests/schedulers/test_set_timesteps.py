@@ -136,7 +136,7 @@ def test_flow_values_outside_the_path():
 
 # ---------------------------------------------------------------------- mu
 def test_dynamic_shift_needs_mu():
-    with pytest.raises(OptionError, match="mu.*base_image_seq_len, max_image_seq_len, base_shift and max_shift"):
+    with pytest.raises(OptionError, match=r"mu.*base_image_seq_len, max_image_seq_len, base_shift and max_shift"):
         dynamic().set_timesteps(4)
     scheduler = dynamic()
     scheduler.set_timesteps(4, mu=0.8)
@@ -268,7 +268,7 @@ def test_every_run_makes_its_calls_and_stays_finite(calls, path, grid, case, dat
     try:
         scheduler.set_timesteps(calls)
     except DiffaccelError as error:
-        assert grid.startswith("flow_") and path != "flow" or "cannot do a run" in str(error), error
+        assert (grid.startswith("flow_") and path != "flow") or "cannot do a run" in str(error), error
         return
     scheduler.set_begin_index(begin)
     seen = []

@@ -53,9 +53,9 @@ def test_second_of_the_tuple_is_the_x0_prediction(path):
             data = 0.5
             true = x * data**2 / (s**2 + data**2) + output * s * data / (s**2 + data**2) ** 0.5
         else:
-            kinds = {"epsilon": lambda: (x - s * output) / a, "v_prediction": lambda: a * x - s * output}
-            kinds |= {"sample": lambda: output, "flow_prediction": lambda: x - s * output}
-            true = kinds[scheduler.config.prediction_type]()
+            kinds = {"epsilon": (x - s * output) / (a or 1), "v_prediction": a * x - s * output}
+            kinds |= {"sample": output, "flow_prediction": x - s * output}
+            true = kinds[scheduler.config.prediction_type]
         assert torch.allclose(x0, true, rtol=1e-5, atol=1e-5 * float(true.abs().max()))
         x = state
     assert torch.allclose(x, x0, atol=1e-6)  # the end is free of noise
