@@ -1,0 +1,62 @@
+"""The command line: `diffaccel demo | samplers | certify`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .errors import DiffaccelError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 if it succeeded, 2 with one line on standard error if diffaccel refused."""
+    parser = argparse.ArgumentParser(prog="diffaccel", description="Fewer model calls for diffusion pipelines.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    listed = commands.add_parser("samplers", help="list the samplers, their orders, options and papers")
+    listed.set_defaults(run=lambda a: _samplers())
+    certify = commands.add_parser("certify", help="certificate of a sampler: measured order, memory, exactness")
+    certify.add_argument("sampler", help="a registered name, or module:function of a loop")
+    certify.set_defaults(run=_certify)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args) or 0)
+    except DiffaccelError as error:
+        print(f"diffaccel: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser("demo", help="the embedded pipeline: stock schedulers and ours from the same noise")
+    demo.add_argument("--model", default="tiny-sd", help="tiny-sd, tiny-flow or tiny-pixel (default tiny-sd)")
+    demo.add_argument("--calls", type=int, default=8, help="budget of model calls (default 8)")
+    demo.add_argument("--images", type=int, default=16, help="how many images (default 16)")
+    demo.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default 4)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--out", default="demo", help="folder for report.json and grid.png (default demo/)")
+    demo.set_defaults(run=_demo)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import demo
+
+    demo(args.model, calls=args.calls, images=args.images, guidance=args.guidance, out=args.out, seed=args.seed)
+    return 0
+
+
+def _samplers() -> int:
+    from . import samplers
+
+    for name, found in samplers().items():
+        options = ", ".join(f"{k}={v!r}" for k, v in found.defaults.items())
+        order = found.order_of()
+        kind = "stochastic" if found.stochastic else "deterministic"
+        print(f"{name:14s} order {order:g}, {kind}; {found.paper}\n{'':14s} options: {options or 'none'}")
+    return 0
+
+
+def _certify(args: argparse.Namespace) -> int:
+    from .testing import certify
+
+    return int(certify.main([args.sampler]))
