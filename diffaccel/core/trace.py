@@ -82,9 +82,8 @@ class Tracer:
 
     def _eliminate(self, value: Linear, i: int) -> Linear:
         """Express older states by the one handed in at call i: X_{k} = (X_{k+1} - rest)/a."""
-        for k in range(i):
-            if ("x", k) not in value.terms:
-                continue
+        while older := [n for kind, n in value.terms if kind == "x" and n < i]:
+            k = min(older)
             step = self._eliminate(self.nexts[k], k)
             a = step.terms.get(("x", k), 0.0)
             if is_zero(a):
