@@ -360,7 +360,7 @@ class Functional(World):
 
     def __call__(self, x: Any, sigma: Any, **kwargs: Any) -> Any:
         node = self.node(sigma)
-        full = x * node.alpha
+        full = (x * node.alpha).to(self.like.dtype)  # float64 sigmas may have raised it
         self.inside = True
         try:
             return self._tensor(self.predict(full.numpy() if self.numpy else full, node))
@@ -374,7 +374,7 @@ class Functional(World):
         return self._tensor(self.noise())
 
     def end(self, x: Any) -> Any:
-        out = x * self.nodes[-1].alpha
+        out = (x * self.nodes[-1].alpha).to(self.like.dtype)
         return out.numpy() if self.numpy else out
 
     def intercept(self) -> Any:
