@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -25,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DiffaccelError as error:
         print(f"diffaccel: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `diffaccel samplers | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -46,7 +50,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _samplers() -> int:
-    from . import samplers
+    from .samplers.registry import samplers
 
     for name, found in samplers().items():
         options = ", ".join(f"{k}={v!r}" for k, v in found.defaults.items())
@@ -57,6 +61,6 @@ def _samplers() -> int:
 
 
 def _certify(args: argparse.Namespace) -> int:
-    from .testing import certify
+    from .testing.certify import main as certificate
 
-    return int(certify.main([args.sampler]))
+    return int(certificate([args.sampler]))

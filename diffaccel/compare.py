@@ -6,7 +6,7 @@ Nothing here re-implements a pipeline: the stock `__call__` runs, and model call
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +62,7 @@ class Outcome:
 
 
 # ---------------------------------------------------------------------- running
-def denoiser(pipe: Any) -> torch.nn.Module:
+def denoiser(pipe: Any) -> Any:
     """The network that a pipeline calls at each step."""
     for name in ("transformer", "unet"):
         found = getattr(pipe, name, None)
@@ -135,13 +135,11 @@ def _odd(calls: int) -> int | None:
     return (calls + 1) // 2 if calls % 2 else None
 
 
-def _stock(
-    cls: str, name: str = "", steps: Callable[[int], int | None] = int, ramp: bool = False, **more: Any
-) -> Candidate:
+def _stock(cls: str, name: str, steps: Callable[[int], int | None] = int, ramp: bool = False, **more: Any) -> Candidate:
     def make(config: Mapping[str, Any]) -> Any:
         return getattr(diffusers, cls).from_config(config, **more)
 
-    return Candidate(name or cls, True, make, steps, ramp)
+    return Candidate(name, True, make, steps, ramp)
 
 
 def ours(
@@ -166,13 +164,17 @@ def stock(config: Mapping[str, Any]) -> list[Candidate]:
     return _stock_flow(config) if isinstance(read(config).path, Flow) else _stock_vp()
 
 
-SIGMAS = {"karras": "use_karras_sigmas", "exponential": "use_exponential_sigmas", "beta": "use_beta_sigmas"}
+SIGMAS: dict[str, str] = {
+    "karras": "use_karras_sigmas",
+    "exponential": "use_exponential_sigmas",
+    "beta": "use_beta_sigmas",
+}
 
 
 def _stock_vp() -> list[Candidate]:
     found = []
     for spacing in ("linspace", "leading", "trailing"):
-        at = {"timestep_spacing": spacing}
+        at: dict[str, Any] = {"timestep_spacing": spacing}
         found.append(_stock("DDIMScheduler", f"DDIM {spacing}", clip_sample=False, **at))
         found.append(_stock("PNDMScheduler", f"PNDM {spacing}", lambda n: n - 1 or None, skip_prk_steps=True, **at))
         found.append(_stock("EulerDiscreteScheduler", f"Euler {spacing}", **at))
@@ -186,7 +188,7 @@ def _stock_vp() -> list[Candidate]:
             for final in ("zero", "sigma_min")
         ]
     for name, key in {**SIGMAS, "lu": "use_lu_lambdas"}.items():
-        on = {key: True}
+        on: dict[str, Any] = {key: True}
         found += [
             _stock(cls, f"{short}-{order} {name}", solver_order=order, **on, **more)
             for cls, short, orders, more in _MULTISTEP
@@ -210,12 +212,12 @@ _MULTISTEP: tuple[tuple[str, str, tuple[int, ...], dict[str, Any]], ...] = (
 
 def _stock_flow(config: Mapping[str, Any]) -> list[Candidate]:
     shift = config.get("shift", config.get("flow_shift", 1.0))
-    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+    flow: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
     euler = "FlowMatchEulerDiscreteScheduler"
     found = [
         _stock(euler, "flow Euler (as shipped)"),
         _stock(euler, "flow Euler, explicit sigmas", ramp=True),
-        *(_stock(euler, f"flow Euler {name}", ramp=True, **{key: True}) for name, key in SIGMAS.items()),
+        *(_stock(euler, f"flow Euler {name}", int, True, **{key: True}) for name, key in SIGMAS.items()),
         _stock("FlowMatchHeunDiscreteScheduler", "flow Heun", _odd),
     ]
     found += [
@@ -249,7 +251,7 @@ def job_for(pipe: Any, name: str, images: int, seed: int, *, guidance: float = 4
 
     generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(images)]
     if name == "tiny-pixel":
-        shape: Sequence[int] = (1, pipe.unet.config.in_channels, size, size)
+        shape: tuple[int, ...] = (1, pipe.unet.config.in_channels, size, size)
         inputs: dict[str, Any] = {"class_labels": models.labels(images, seed)}
     else:
         shape = (1, denoiser(pipe).config.in_channels, size // pipe.vae_scale_factor, size // pipe.vae_scale_factor)

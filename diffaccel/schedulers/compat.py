@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,8 +55,6 @@ def merged(cls: Any, config: Mapping[str, Any], given: Mapping[str, Any]) -> tup
         settings["check_finite"] = ours.get("check_finite", config.get("check_finite"))
     if "source_class" in config:  # a config of ours: it knows where it came from, or that nobody knows
         settings["source_class"] = config["source_class"]
-    if settings.get("lambda_min_clipped") == -math.inf:
-        settings["lambda_min_clipped"] = None
     settings["grid_options"] = settings.get("grid_options") or None
     kept = ("_class_name", "_diffusers_version")
     foreign = {k: v for k, v in config.items() if k in kept or (k not in names and not k.startswith("_"))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,8 +51,9 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
     Args:
         num_train_timesteps: training steps T.
         path: "vp", "flow" or "edm".
-        prediction_type: "epsilon", "v_prediction", "sample" or "flow_prediction".
-        beta_start, beta_end, beta_schedule, trained_betas: VP: the noise schedule.
+        prediction_type: "epsilon", "v_prediction", "sample" or "flow_prediction"; None: what most models of the path
+            predict ("flow_prediction" for flow, else "epsilon").
+        beta_start, beta_end, beta_schedule, trained_betas: VP: the noise schedule (a list of betas is T of them).
         rescale_betas_zero_snr, snr_shift_scale, interpolation, lambda_min_clipped: VP: see `core.path.VP`.
         shift, use_dynamic_shifting, time_shift_type, shift_terminal: flow: see `core.path.Flow`.
         sigma_min, sigma_max, sigma_data, edm_time: EDM: see `core.path.EDM`.
@@ -80,7 +82,7 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
         self,
         num_train_timesteps: int = 1000,
         path: str = "vp",
-        prediction_type: str = "epsilon",
+        prediction_type: str | None = None,
         beta_start: float = 0.00085,
         beta_end: float = 0.012,
         beta_schedule: str = "scaled_linear",
@@ -88,7 +90,7 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False,
         snr_shift_scale: float | None = None,
         interpolation: str = "lam",
-        lambda_min_clipped: float | None = None,
+        lambda_min_clipped: float = -math.inf,
         shift: float = 1.0,
         use_dynamic_shifting: bool = False,
         time_shift_type: str = "exponential",
@@ -113,7 +115,10 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
         # Every value of ours is meant: none may be dropped as "only a default" when another class is built from it.
         self.register_to_config(_use_default_values=[])
         if trained_betas is not None:
-            self.register_to_config(trained_betas=[float(b) for b in trained_betas])
+            values = [float(b) for b in trained_betas]
+            self.register_to_config(trained_betas=values, num_train_timesteps=len(values))
+        if prediction_type is None:
+            self.register_to_config(prediction_type="flow_prediction" if path == "flow" else "epsilon")
         self._runs = PerThread()
         self._check()
 
@@ -161,7 +166,8 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
         """The nearest scheduler of diffusers itself, for saving a pipeline that people without diffaccel can load."""
         kind = getattr(diffusers, self.config.source_class or NEAREST[self.config.path])
         known = kind._get_init_keys(kind)
-        return kind.from_config({k: v for k, v in self.config.items() if k in known})
+        kept = {k: v for k, v in self.config.items() if k in known}
+        return kind.from_config(kept | {"_class_name": kind.__name__})
 
     def _sampler(self) -> tuple[Sampler, dict[str, Any]]:
         fixed, asked = self.sampler_name, self.config.sampler
