@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     listed.set_defaults(run=lambda a: _samplers())
     certify = commands.add_parser("certify", help="certificate of a sampler: measured order, memory, exactness")
     certify.add_argument("sampler", help="a registered name, or module:function of a loop")
+    certify.add_argument("options", nargs="*", metavar="key=value", help="options of the sampler")
     certify.set_defaults(run=_certify)
     args = parser.parse_args(argv)
     try:
@@ -63,4 +64,4 @@ def _samplers() -> int:
 def _certify(args: argparse.Namespace) -> int:
     from .testing.certify import main as certificate
 
-    return int(certificate([args.sampler]))
+    return int(certificate([args.sampler, *args.options]))
