@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import diffaccel as da
 from diffaccel.core.path import Nodes, Path
 from diffaccel.errors import OptionError
 from diffaccel.samplers.er_sde import SCALINGS
+from diffaccel.testing.problems import four_modes
 from diffaccel.testing.runs import point_mass_error, unroll
 
 EDM, FLOW = Path.edm(), Path.flow(3.0)
@@ -62,6 +64,38 @@ def test_a_parabola_is_integrated_exactly(scaling):
     assert row.x == pytest.approx(fn(t) / fn(s), rel=1e-12)
     if scaling != "ode":
         assert row.z[0][1] == pytest.approx(math.sqrt(t**2 - (s * fn(t) / fn(s)) ** 2), rel=1e-10)
+
+
+def published_order_3(x, nodes, model):
+    """The authors' Taylor form for `phi = s` with its integrals done exactly; the slope at s is a backward difference."""
+    past = []
+    for i, (s, t) in enumerate(pairwise(n.level for n in nodes)):
+        d = model.denoise(x, nodes[i])
+        x = t / s * x + (1 - t / s) * d
+        slope = None
+        if past:
+            slope = (d - past[-1][1]) / (s - past[-1][0])
+            x = x + (t - s + t * math.log(s / t)) * slope
+            if past[-1][2] is not None:
+                bend = 2 * (slope - past[-1][2]) / (s - past[-2][0])
+                x = x + ((t - s) ** 2 / 2 + t * (s - t - s * math.log(s / t))) * bend
+        past.append((s, d, slope))
+    return x
+
+
+def test_order_3_is_order_3_where_the_published_form_is_2():
+    model, high, low = four_modes(), math.exp(1.5), math.exp(-1.5)
+    x = np.random.default_rng(0).standard_normal((24, 2)) * math.hypot(1, high)
+    ours, theirs = [], []
+    for n in (80, 160):
+        levels = np.linspace(high, low, n + 1)
+        graded = high - (high - levels[1]) * 2.0 ** np.arange(-9, 0)  # so fine that its low order does not show
+        nodes = Nodes([EDM.at_level(float(v)) for v in [high, *graded, *levels[1:]]], EDM)
+        true = model.flow(x, nodes[0], nodes[-1])
+        ours.append(np.abs(da.trace("er_sde", nodes, scaling="ode").apply(x, model.predict) - true).max())
+        theirs.append(np.abs(published_order_3(x, nodes, model) - true).max())
+    assert math.log2(ours[0] / ours[1]) == pytest.approx(3, abs=0.3)
+    assert math.log2(theirs[0] / theirs[1]) == pytest.approx(2, abs=0.3)
 
 
 def test_bad_options():
