@@ -67,7 +67,7 @@ def test_a_parabola_is_integrated_exactly(scaling):
 
 
 def published_order_3(x, nodes, model):
-    """The authors' Taylor form for `phi = s` with its integrals done exactly; the slope at s is a backward difference."""
+    """The authors' Taylor form for `phi = s` with exact integrals; the slope at s is a backward difference."""
     past = []
     for i, (s, t) in enumerate(pairwise(n.level for n in nodes)):
         d = model.denoise(x, nodes[i])
