@@ -4,7 +4,8 @@ against every deterministic sampler of ours on ours, at equal model calls, from 
     python benchmarks/bench_error.py --models tiny-sd tiny-flow tiny-pixel --images 24 --out docs/results
 
 Two sets of seeds: ours is chosen on the first; both are reported on the second, where the best stock setting is
-picked after the fact (which favours it). Writes `error_to_teacher.json` and `error_to_teacher.md`.
+picked after the fact (which favours it). Writes `error_to_teacher.json` and `.md`,
+and `which_sampler.md` beside that folder.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ from diffaccel.compare import Candidate, Job, Outcome
 CALLS = (5, 6, 8, 10, 20)
 TEACHER_CALLS = 200
 CHOOSE_SEED, REPORT_SEED = 100, 200
+KINDS = {
+    "tiny-sd": "UNet, VP, epsilon, guidance: SD 1.5, SDXL",
+    "tiny-flow": "transformer, flow matching, guidance: SD3, FLUX, Qwen-Image, Wan",
+    "tiny-pixel": "UNet on pixels, no guidance: DDPM, DiT",
+}
 
 
 def ours(flow: bool) -> list[Candidate]:
@@ -139,6 +145,34 @@ def markdown(full: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def advice(full: dict[str, Any]) -> str:
+    """The page "which sampler should I take", from this run alone."""
+    lines = [
+        "# Which sampler should I take?",
+        "",
+        f"Written by `{full['command']}`; nothing on this page is an opinion. The models are this package's own small "
+        "ones ([models](models.md)), so try the first two or three rows on your checkpoint. Error: median distance to "
+        f"a {TEACHER_CALLS}-call teacher from the same noise, for settings of `TableScheduler`; 'stock' is the best "
+        "setting of diffusers' own schedulers, picked on the same images.",
+    ]
+    for name, report in full["models"].items():
+        lines += ["", f"## Like {name} ({KINDS.get(name, '')})", "", "| calls | first | second | third | stock |"]
+        lines += ["|---|---|---|---|---|"]
+        for calls in [s["calls"] for s in report["summary"]]:
+            rows = sorted((r for r in report["rows"]["report"] if r["calls"] == calls), key=median)
+            best = [r for r in rows if not r["stock"]][:3]
+            cells = [f"{r['scheduler'].removeprefix('diffaccel ')}: {median(r):.4f}" for r in best]
+            stock = next(r for r in rows if r["stock"])
+            lines.append(f"| {calls} | {' | '.join(cells)} | {stock['scheduler']}: {median(stock):.4f} |")
+    lines += [
+        "",
+        "The three were picked on the images of the table; [the comparison with stock schedulers]"
+        "(results/error_to_teacher.md) chooses ours on other seeds. In `from_config`, `unipc(order=3, mid, w=0.5)` is "
+        '`sampler="unipc", order=3, grid="mid", grid_options={"w": 0.5}`.',
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(models.names()))
@@ -161,6 +195,7 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "error_to_teacher.json").write_text(json.dumps(full))
         (args.out / "error_to_teacher.md").write_text(text)
+        (args.out.parent / "which_sampler.md").write_text(advice(full))
 
 
 if __name__ == "__main__":
