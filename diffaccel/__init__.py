@@ -18,6 +18,7 @@ _NAMES = {
     "Prediction": "core.prediction",
     "Table": "core.table",
     "carry": "core.linear",
+    "from_k_diffusion": "samplers.kdiffusion",
     "nodes": "api",
     "sample": "api",
     "trace": "api",

@@ -101,8 +101,17 @@ def begin_at(table: Table, grid: Nodes, k: int, sampler: Sampler, options: dict[
 
     The sampler's own rows begin at the next row that opens an interval; rows before it (the inner calls of an
     interval that was cut) are first-order steps between the levels at which the model is called anyway.
+
+    Raises:
+        OptionError: if the sampler raises the noise between intervals (churn) from there on: such levels are no nodes
+            of the grid, so there is nowhere to begin.
     """
     opening = next((i for i in range(k, len(table)) if table.rows[i].opens), len(table))
+    if any(table.rows[i - 1].draws for i in range(max(k, 1), opening)):
+        raise OptionError(
+            f"sampler {table.sampler!r} adds noise between its intervals (churn), so a run cannot begin at call {k}; "
+            "for img2img and refiners use it without churn"
+        )
     bridge = [_first_order_row(table.rows[i]) for i in range(k, opening)]
     if opening == len(table):
         return Table(tuple(bridge), table.sampler, table.options)
