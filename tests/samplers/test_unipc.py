@@ -174,3 +174,14 @@ def test_orders_declared():
         UNIPC.trace(grid(UNEVEN), order=5)
     with pytest.raises(OptionError, match="variant"):
         UNIPC.trace(grid(UNEVEN), variant="bh3")
+
+
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
+def test_corrector_of_order_one(variant):
+    """`x^c = x - alpha_t (B/2) (D_t - D_s)` with `B = -h` or `e^-h - 1`, then the first-order step."""
+    nodes = grid(UNEVEN)
+    row = UNIPC.trace(nodes, order=1, variant=variant).rows[1]
+    h = np.diff([node.lam for node in nodes])
+    b = 0.5 * nodes[1].alpha * (-h[0] if variant == "bh1" else math.expm1(-h[0]))
+    step = -nodes[2].alpha * math.expm1(-h[1])
+    assert row.out.p == pytest.approx((step - row.a * b, row.a * b), rel=1e-10)
