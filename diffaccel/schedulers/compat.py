@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import OptionError
 from ..samplers.registry import get
 from . import from_config as reader
+from .origins import ORIGINS
 
 # Classes whose config keys may live beside ours; a config of ours builds each of them.
 COMPATIBLES = (
@@ -51,6 +52,10 @@ def merged(cls: Any, config: Mapping[str, Any], given: Mapping[str, Any]) -> tup
     # A config of ours may hold keys of another family; they rest where they are, unless the user changes the path.
     resting = {k: v for k, v in config.items() if k in names} if "path" in config and not to_path else {}
     settings = resting | reader.read(config, **to_path).settings | _sampler_settings(cls, config, ours, loose, names)
+    if "path" in config and "grid" in config and config.get("_class_name") not in ORIGINS:
+        # a config of ours states its grid, or that the path's own is meant: its foreign keys (`timestep_spacing`, often
+        # a mere default of the class that the model came with) do not speak again
+        settings |= {k: config.get(k) for k in ("grid", "grid_options") if not {k, "grid"} & set(to_path)}
     if "check_finite" in ours or "check_finite" in config:
         settings["check_finite"] = ours.get("check_finite", config.get("check_finite"))
     if "source_class" in config:  # a config of ours: it knows where it came from, or that nobody knows
@@ -75,7 +80,7 @@ def _sampler_settings(
         )
     kept = config.get("sampler_options") if before is known and "sampler_options" not in ours else None
     options = {**(kept or {}), **(ours.get("sampler_options") or {}), **loose}
-    return {"sampler": None if cls.sampler_name == name else name, "sampler_options": options or None}
+    return {"sampler": name or known.name, "sampler_options": options or None}
 
 
 def _complete(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from diffusers.utils import BaseOutput
 from ..errors import OptionError, RunError, one_of
 from ..samplers.registry import Sampler, get
 from .compat import COMPATIBLES, NEAREST, merged
-from .from_config import grid_of, output_of, path_of
+from .from_config import BETA_KEYS, grid_of, output_of, path_of
 from .guards import check_finite, first_call, numbers, only_neutral, output_for, state_for
 from .plan import edited, plan
 from .policy import policy_of
@@ -119,6 +119,8 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
             self.register_to_config(trained_betas=values, num_train_timesteps=len(values))
         if prediction_type is None:
             self.register_to_config(prediction_type="flow_prediction" if path == "flow" else "epsilon")
+        if sampler is None:
+            self.register_to_config(sampler=self.sampler_name or "dpmpp")  # so that a config says it all
         self._runs = PerThread()
         self._check()
 
@@ -165,7 +167,7 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
     def portable(self) -> SchedulerMixin:
         """The nearest scheduler of diffusers itself, for saving a pipeline that people without diffaccel can load."""
         kind = getattr(diffusers, self.config.source_class or NEAREST[self.config.path])
-        known = kind._get_init_keys(kind)
+        known = kind._get_init_keys(kind) - (set() if self.config.path == "vp" else set(BETA_KEYS))
         kept = {k: v for k, v in self.config.items() if k in known}
         return kind.from_config(kept | {"_class_name": kind.__name__})
 
