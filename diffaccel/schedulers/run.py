@@ -29,7 +29,10 @@ class Compiled:
     to_p: tuple[Coef, Coef]  # P = u * state + w * output
     to_x0: tuple[Coef, Coef]
     x0_to_p: tuple[Coef, Coef] | None  # P from an x0 that a policy changed; None where no policy is on
-    plain: bool  # scalars only, no noise, registers or constant: the fast way through `advance`
+    # Coefficients of the state and of the model's output (or of the changed x0), this call's P worked in. In float32,
+    # making P first loses digits at low alpha, where eps and x0 differ by a factor of 1/alpha. None where a row has
+    # more than scalar coefficients of predictions.
+    direct: tuple[float, float] | None
 
 
 def compiled(row: Row, output: Output, policy: Policy | None) -> Compiled:
@@ -41,8 +44,13 @@ def compiled(row: Row, output: Output, policy: Policy | None) -> Compiled:
     again = pair(Output("x0"), row.space, row.node) if policy else None
     to_p, to_x0 = pair(output, row.space, row.node), pair(output, "x0", row.node)
     mix = row.out
-    plain = mix.scalar and not (mix.m or mix.z or row.registers or row.draws) and is_zero(mix.one)
-    return Compiled(row, to_p, to_x0, again, plain)
+    u, w = again or to_p
+    direct = None
+    if mix.scalar and not (mix.m or mix.z or row.registers or row.draws) and is_zero(mix.one):
+        b = mix.p[0] if mix.p else 0.0
+        if isinstance(u, float) and isinstance(w, float):
+            direct = (float(mix.x + b * u), float(b * w))
+    return Compiled(row, to_p, to_x0, again, direct)
 
 
 @dataclass
@@ -145,8 +153,12 @@ def advance(
     else:
         history[:] = (p,)
     mix = c.row.out
-    if c.plain:
-        return _combine(x, history, mix), x0
+    if c.direct is not None:
+        y = torch.mul(x, c.direct[0]).add_(output if run.policy is None else x0, alpha=c.direct[1])
+        for past, b in zip(history[1:], mix.p[1:], strict=False):
+            if b:
+                y.add_(past, alpha=b)  # type: ignore[arg-type]  # a scalar: `direct` says so
+        return y, x0
     for _ in range(c.row.draws):
         run.draws.insert(0, randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype))
     del run.draws[max(1, run.noise_depth) :]
@@ -163,14 +175,6 @@ def _affine(x: torch.Tensor, output: torch.Tensor, pair: tuple[Coef, Coef]) -> t
             return output if w == 1.0 else output * w
         return torch.mul(x, u).add_(output, alpha=w)
     return x * _tensor(u, x) + output * _tensor(w, x)
-
-
-def _combine(x: torch.Tensor, history: list[torch.Tensor], mix: Mix) -> torch.Tensor:
-    y = torch.mul(x, mix.x)  # type: ignore[arg-type]  # scalars: `plain` says so
-    for p, b in zip(history, mix.p, strict=False):
-        if b:
-            y.add_(p, alpha=b)  # type: ignore[arg-type]
-    return y
 
 
 def _evaluate(run: Run, mix: Mix, x: torch.Tensor) -> torch.Tensor:
