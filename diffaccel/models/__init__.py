@@ -49,8 +49,11 @@ def load(name: str, *, torch_dtype: torch.dtype | None = None, device: str | Non
     if name not in _PIPELINES:
         raise ValueError(f"no embedded pipeline {name!r}; known: {', '.join(_PIPELINES)}")
     import torch
+    from diffusers.pipelines import pipeline_utils
 
-    kw = {"torch_dtype": torch_dtype or torch.float32, "local_files_only": True, **kw}
+    # diffusers renamed the option; the old name still works there, with a warning at every load
+    option = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
+    kw = {option: torch_dtype or torch.float32, "local_files_only": True, **kw}
     if name == "tiny-sd":
         from diffusers import StableDiffusionPipeline as cls
 
