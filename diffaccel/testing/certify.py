@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -165,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         certificate = certify(find(given.target), dict(given.options))
     except DiffaccelError as error:
-        print(f"diffaccel certify: {error}")
+        print(f"diffaccel certify: {error}", file=sys.stderr)
         return 2
     print(certificate)
     return 0 if certificate.passed else 1
