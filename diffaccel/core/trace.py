@@ -26,6 +26,7 @@ class Tracer:
         self.carried: list[tuple[int, Linear]] = []  # (call in whose row it is computed, definition)
         self.draw_rows: list[int] = []
         self.start = Linear({("x", 0): 1.0}, self)
+        self._alone: dict[int, Linear] = {}
 
     # ------------------------------------------------------------------ what the loop sees
     def predict(self, x: Any, node: Node, *, space: Space | None = None, fed: float | None = None) -> Linear:
@@ -81,10 +82,18 @@ class Tracer:
         return Table(tuple(rows), name, options)
 
     def _eliminate(self, value: Linear, i: int) -> Linear:
-        """Express older states by the one handed in at call i: X_{k} = (X_{k+1} - rest)/a."""
-        while older := [n for kind, n in value.terms if kind == "x" and n < i]:
+        """Express older states by the one handed in at call i, oldest first.
+
+        State j, made by `nexts[j - 1] = a x_k + rest`, gives `x_k = (x_j - rest)/a`. The newest such j is taken: a
+        loop that writes `x = a*x + b*predict(x, s)` computes `a*x` before the call, so that each of its states is
+        made from the first one and all predictions, and only from one to the next do these cancel.
+        """
+        while older := _states(value, i):
             k = min(older)
-            step = self._eliminate(self.nexts[k], k)
+            j = next((j for j in range(i, k, -1) if min(_states(self.nexts[j - 1], j), default=-1) == k), k + 1)
+            step = self.nexts[j - 1]
+            if min(_states(step, j), default=-1) < k:
+                step = self._eliminated(k)
             a = step.terms.get(("x", k), 0.0)
             if is_zero(a):
                 raise TraceError(
@@ -92,8 +101,14 @@ class Tracer:
                     "need with carry()"
                 )
             rest = Linear({s: c for s, c in step.terms.items() if s != ("x", k)}, self)
-            value = value.substitute(("x", k), (Linear({("x", k + 1): 1.0}, self) - rest) / a)
+            value = value.substitute(("x", k), (Linear({("x", j): 1.0}, self) - rest) / a)
         return value
+
+    def _eliminated(self, k: int) -> Linear:
+        """`nexts[k]` in terms of state k alone, computed once."""
+        if k not in self._alone:
+            self._alone[k] = self._eliminate(self.nexts[k], k)
+        return self._alone[k]
 
     def _mix(self, value: Linear, i: int, slots: dict[int, int]) -> Mix:
         terms = self._eliminate(value, i).terms
@@ -135,6 +150,11 @@ class Tracer:
         at = {id(n): k for k, n in enumerate(self.nodes)}
         last = {id(node): i for i, (node, _, _) in enumerate(self.calls) if id(node) in at}
         return set(last.values())
+
+
+def _states(value: Linear, below: int) -> list[int]:
+    """Calls before `below` whose state occurs in a combination."""
+    return [n for kind, n in value.terms if kind == "x" and n < below]
 
 
 def repeats(nodes: Nodes) -> tuple[Nodes, dict[int, list[Node]], list[Node]]:
