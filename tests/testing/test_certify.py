@@ -27,7 +27,7 @@ def _grows_t(x: Any, nodes: Any, predict: Any, noise: Any) -> Any:
     """Not path invariant, and wrong: the size of a step depends on what the model is fed."""
     for s, t in pairwise(nodes):
         d = predict(x, s)
-        x = (t.sigma / s.sigma) * x + t.alpha * (1 - decay(s, t)) * (1 + 1e-3 * s.t) * d
+        x = (t.sigma / s.sigma) * x + t.alpha * (1 - decay(s, t)) * (1 + 0.1 * s.t) * d
     return x
 
 
