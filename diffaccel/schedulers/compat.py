@@ -74,6 +74,8 @@ def _sampler_settings(
     before, known = get(config.get("sampler") or "dpmpp"), get(name or "dpmpp")
     unknown = sorted(set(loose) - set(known.defaults))
     if unknown:
+        if unknown[0] in reader.OURS_FOR:
+            raise OptionError(f"{unknown[0]!r} is diffusers' name; here it is {reader.OURS_FOR[unknown[0]]}")
         raise OptionError(
             f"{cls.__name__} takes no option {unknown[0]!r}. Sampler {known.name!r} takes: "
             f"{', '.join(sorted(known.defaults)) or 'none'}. The scheduler takes: {', '.join(sorted(names))}."

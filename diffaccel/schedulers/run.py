@@ -160,12 +160,18 @@ def advance(
                 y.add_(past, alpha=b)  # type: ignore[arg-type]  # a scalar: `direct` says so
         return y, x0
     for _ in range(c.row.draws):
-        run.draws.insert(0, randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype))
+        run.draws.insert(0, _drawn(x, generator))
     del run.draws[max(1, run.noise_depth) :]
     new = {slot: _evaluate(run, m, x) for slot, m in c.row.registers}
     for slot, value in new.items():
         run.registers[slot] = value
     return _evaluate(run, mix, x), x0
+
+
+def _drawn(x: torch.Tensor, generator: Any) -> torch.Tensor:
+    if isinstance(generator, list) and len(generator) not in (1, len(x)):
+        raise RunError(f"step was given {len(generator)} generators for a batch of {len(x)}; pass one for each image")
+    return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
 def _affine(x: torch.Tensor, output: torch.Tensor, pair: tuple[Coef, Coef]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from diffusers.utils import BaseOutput
 from ..errors import OptionError, RunError, one_of
 from ..samplers.registry import Sampler, get
 from .compat import COMPATIBLES, NEAREST, merged
-from .from_config import BETA_KEYS, grid_of, output_of, path_of
+from .from_config import BETA_KEYS, check, output_of, path_of
 from .guards import check_finite, first_call, numbers, only_neutral, output_for, state_for
 from .plan import edited, plan
 from .policy import policy_of
@@ -127,9 +127,8 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
     def _check(self) -> None:
         """Every option, at once: a wrong one must not wait for the first run."""
         self._sampler()
-        path_of(self.config)
+        check(self.config)
         output_of(self.config)
-        grid_of(self.config)
         policy_of(self.config)
         one_of("check_finite", self.config.check_finite, ("cpu", "always", "never"))
 
