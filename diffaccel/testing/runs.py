@@ -69,8 +69,7 @@ def point_mass_error(table: Table) -> float:
     """Largest error, over all rows, of mean and standard deviation for data that is one point.
 
     A state of level n must be `alpha_n c + sigma_n eps`: with `eps` of the start if nothing is drawn, and of unit
-    variance if something is. Relative to the state's size, or to the largest coefficient if that is more: methods
-    in noise space work with numbers of the size 1/alpha, and with that much rounding.
+    variance if something is. Relative to the state's size.
     """
     states, first = unroll(table), table.nodes[0]
     kept, clean, drawn = np.split(states, [1, 1 + len(table)], axis=1)
@@ -78,8 +77,7 @@ def point_mass_error(table: Table) -> float:
     spread = spread if np.any(drawn) else kept[:, 0] * first.sigma
     alpha, sigma = np.array([(n.alpha, n.sigma) for n in table.nodes]).T
     off = np.maximum(np.abs(kept[:, 0] * first.alpha + clean.sum(1) - alpha), np.abs(spread - sigma))
-    largest = np.maximum.accumulate(np.abs(states).max(1))
-    return float(np.max(off / np.maximum(scales(table), largest)))
+    return float(np.max(off / scales(table)))
 
 
 # ---------------------------------------------------------------------- runs to look at

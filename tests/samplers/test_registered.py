@@ -14,7 +14,14 @@ from diffaccel.samplers.registry import Sampler, samplers
 from diffaccel.testing.checks import CHECKS, draws
 from diffaccel.testing.runs import PATHS, point_mass_error, traced, unroll
 
-CASES = [(s, options) for s in samplers().values() for options in ({}, *s.variants)]
+# Settings that users choose and that are no variant of their sampler.
+CHOSEN: dict[str, tuple[dict[str, Any], ...]] = {
+    "deis": ({"order": 4, "lower_order_final": False},),
+    "ghvb": ({"order": 2.7},),
+    "heun": ({"s_churn": 4.0, "s_tmin": 0.05, "s_tmax": 50.0}, {"s_churn": 20.0}),
+    "unipc": ({"order": 3}, {"order": 3, "variant": "bh1"}, {"order": 3, "space": "eps"}),
+}
+CASES = [(s, o) for s in samplers().values() for o in ({}, *s.variants, *CHOSEN.get(s.name, ()))]
 IDS = [f"{s.name}-{'-'.join(f'{k}={v}' for k, v in options.items()) or 'default'}" for s, options in CASES]
 each_case = pytest.mark.parametrize(("sampler", "options"), CASES, ids=IDS)
 
@@ -22,6 +29,8 @@ each_case = pytest.mark.parametrize(("sampler", "options"), CASES, ids=IDS)
 @pytest.mark.parametrize("name", CHECKS)
 @each_case
 def test_check(sampler: Sampler, options: dict[str, Any], name: str) -> None:
+    if name == "calls" and options.get("s_churn"):
+        pytest.xfail("a churned interval begins at its raised level, no node of the grid, so its row does not open one")
     result = CHECKS[name](sampler, options)
     assert result.passed, str(result)
 
