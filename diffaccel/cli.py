@@ -1,4 +1,4 @@
-"""The command line: `diffaccel demo | samplers | certify`."""
+"""The command line: `diffaccel demo | samplers | certify | eval`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .errors import DiffaccelError
+from .eval import command as eval_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     certify.add_argument("sampler", help="a registered name, or module:function of a loop")
     certify.add_argument("options", nargs="*", metavar="key=value", help="options of the sampler")
     certify.set_defaults(run=_certify)
+    eval_command.add(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args) or 0)

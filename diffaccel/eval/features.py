@@ -1,0 +1,228 @@
+"""Feature networks behind one small protocol, and the features of a source of images.
+
+| name | what |
+|---|---|
+| `inception-v3:clean` (default), `:tf`, `:torch`, `:torchmetrics` | FID's Inception, pool3, with the named resize |
+| `clip:<model>` | image embedding of a CLIPModel: a hub id, a folder, or `tiny-clip` |
+| `tiny-fashion` | the embedded network; its FID is no Inception FID |
+| a callable with an `id` | uint8 (N, 3, H, W) -> (N, d) |
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import OptionError, one_of
+from . import inception
+from .images import Images
+from .resize import RESIZERS
+
+DEFAULT = "inception-v3:clean"
+_CLIP_RESIZE = "@pil-bicubic"  # how CLIPProcessor resizes; the published CMMD code does it without antialias
+_IN_MEMORY = 1 << 30  # bytes of features above which they go to a file
+
+
+@dataclass(frozen=True)
+class Features:
+    """A feature network.
+
+    id: its name with the resize in it, written in every score. dim: width d (None: known after the first batch).
+    prepare: uint8 (H, W, 3) array -> one input of the net; this is where resizing lives. net: batch -> (N, d).
+    """
+
+    id: str
+    dim: int | None
+    prepare: Callable[[np.ndarray], torch.Tensor]
+    net: Callable[[torch.Tensor], torch.Tensor]
+
+    @property
+    def is_inception(self) -> bool:
+        return self.id.startswith("inception-v3:")
+
+
+def canonical(name: str) -> str:
+    """The id that a network of this name has."""
+    return name + _CLIP_RESIZE if name.startswith("clip:") and not name.endswith(_CLIP_RESIZE) else name
+
+
+def get(features: Any = None, weights: Any = None) -> Features:
+    """A feature network by name, `Features`, or a callable with an `id`. weights: file for Inception."""
+    if isinstance(features, Features):
+        return features
+    if features is None or isinstance(features, str):
+        return _by_name(canonical(features or DEFAULT), str(weights) if weights else None)
+    if callable(features):
+        id = getattr(features, "id", None)
+        if not isinstance(id, str) or not id:
+            raise OptionError(
+                f"{type(features).__name__} needs an attribute `id` (a string that names the network and its resize): "
+                "a score that does not say its features cannot be compared"
+            )
+        return Features(id, _width(features), _channels_first, features)
+    raise OptionError(f"features must be a name, Features, or a callable with an id; got {type(features).__name__}")
+
+
+def _width(net: Any) -> int | None:
+    width = getattr(net, "num_features", None)
+    return None if width is None else int(width)
+
+
+def _channels_first(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, 0)))
+
+
+@functools.lru_cache(maxsize=4)
+def _by_name(name: str, weights: str | None) -> Features:
+    kind, _, rest = name.partition(":")
+    if kind == "inception-v3":
+        one_of("resize of inception-v3", rest, RESIZERS)
+        return Features(name, 2048, functools.partial(_inception_input, rest), inception.load(weights))
+    if kind == "clip" and rest:
+        return _clip(name, rest.removesuffix(_CLIP_RESIZE))
+    if name == "tiny-fashion":
+        net = embedded().features()
+        return Features(name, _width(net), _channels_first, net)
+    names = [f"inception-v3:{r}" for r in RESIZERS] + ["clip:<model>", "tiny-fashion"]
+    one_of("features", name, names)
+    raise OptionError(f"name the CLIP model: {name}")
+
+
+def _inception_input(resize: str, image: np.ndarray) -> torch.Tensor:
+    x = RESIZERS[resize](image, inception.SIZE)
+    return 2 * x / 255 - 1 if resize == "torch" else (x - 128) / 128
+
+
+def embedded() -> Any:
+    """`diffaccel.models`, by name at run time: eval depends on no other room, and the embedded networks are just one
+    more place where weights come from."""
+    return importlib.import_module(f"{__package__.rpartition('.')[0]}.models")
+
+
+@functools.lru_cache(maxsize=2)
+def clip_model(model: str) -> tuple[Any, Any]:
+    """(CLIPModel, CLIPProcessor) of `tiny-clip`, a folder or a hub id, in evaluation mode."""
+    if model == "tiny-clip":
+        return embedded().clip()
+    from transformers import CLIPModel, CLIPProcessor
+
+    try:
+        net = CLIPModel.from_pretrained(model).float().eval().requires_grad_(False)
+        return net, CLIPProcessor.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"cannot load the CLIP model {model!r}: {str(error)[:300]}") from None
+
+
+def projected(output: Any) -> torch.Tensor:
+    """The embedding: transformers >= 5 returns an output object with it in `pooler_output`, 4 a tensor."""
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+def clip_pixels(processor: Any, image: np.ndarray) -> torch.Tensor:
+    """The processor's input from uint8: it rescales by 1/255 itself, a float image would be divided twice."""
+    pixels = processor.image_processor(image, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    return pixels[0]
+
+
+def _clip(id: str, model: str) -> Features:
+    net, processor = clip_model(model)
+    dim = int(net.config.projection_dim)
+    return Features(
+        id, dim, functools.partial(clip_pixels, processor), lambda x: projected(net.get_image_features(pixel_values=x))
+    )
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """Features (N, d) of all images, in order, with what was seen on the way. sizes: (height, width) -> count."""
+
+    values: torch.Tensor
+    sizes: dict[tuple[int, int], int]
+    duplicates: int
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+@torch.no_grad()
+def extract(
+    images: Images,
+    features: Features,
+    *,
+    batch: int = 64,
+    device: str = "cpu",
+    workers: int = 0,
+    expected: int | None = None,
+    progress: bool = False,
+) -> Extracted:
+    """Features of all images, float32 (float64 where the net gives that); above 1 GiB they lie in a temporary file.
+
+    expected: how many images there should be (prompts or seeds); fewer is a warning in the score.
+    """
+    if isinstance(features.net, torch.nn.Module):
+        features.net.to(device)
+    store: np.ndarray | None = None
+    sizes: Counter[tuple[int, int]] = Counter()
+    digests: set[bytes] = set()
+    done = 0
+    batches: Any = images.batches(batch, workers)
+    if progress:
+        from tqdm import tqdm
+
+        batches = tqdm(batches, total=-(-len(images) // batch), desc=features.id, unit="batch")
+    for group in batches:
+        sizes.update(x.shape[:2] for x in group)
+        digests.update(hashlib.sha1(repr(x.shape).encode() + x.tobytes()).digest() for x in group)
+        out = _run(features, group, device)
+        if store is None:
+            store = _allocate((len(images), out.shape[1]), out.dtype)
+        store[done : done + len(group)] = out
+        done += len(group)
+    assert store is not None  # Images is never empty
+    duplicates = len(images) - len(digests)
+    return Extracted(torch.from_numpy(store), dict(sizes), duplicates, *_remarks(images, sizes, duplicates, expected))
+
+
+def _run(features: Features, group: list[np.ndarray], device: str) -> np.ndarray:
+    inputs = [features.prepare(x) for x in group]
+    if len({x.shape for x in inputs}) > 1:
+        shapes = sorted({x.shape[:2] for x in group})
+        raise OptionError(
+            f"{features.id} takes images of one size, the source mixes {', '.join(f'{h}x{w}' for h, w in shapes)}; "
+            "bring them to one size first, or use features that resize (inception-v3:clean, clip:...)"
+        )
+    out = features.net(torch.stack(inputs).to(device))
+    if out.ndim != 2 or len(out) != len(group):
+        raise OptionError(f"{features.id} must give (N, d) for {len(group)} images, it gave {tuple(out.shape)}")
+    return (out if out.dtype == torch.float64 else out.float()).cpu().numpy()
+
+
+def _allocate(shape: tuple[int, int], dtype: Any) -> np.ndarray:
+    if np.dtype(dtype).itemsize * shape[0] * shape[1] <= _IN_MEMORY:
+        return np.empty(shape, dtype)
+    with tempfile.NamedTemporaryFile(prefix="diffaccel-features-") as file:  # lives as long as the mapping
+        return np.memmap(file, dtype, "w+", shape=shape)
+
+
+def _remarks(
+    images: Images, sizes: Counter[tuple[int, int]], duplicates: int, expected: int | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    notes, warnings = [], []
+    if len(sizes) > 1:
+        common = ", ".join(f"{n} of {h}x{w}" for (h, w), n in sizes.most_common(3))
+        notes.append(f"{images.id}: {len(sizes)} image sizes ({common}{', ...' if len(sizes) > 3 else ''})")
+    if duplicates > 0.01 * len(images):
+        warnings.append(f"{images.id}: {duplicates} of {len(images)} images are duplicates")
+    if images.skipped:
+        warnings.append(f"{images.id}: {len(images.skipped)} unreadable images skipped, first: {images.skipped[0]}")
+    if expected is not None and len(images) < expected:
+        warnings.append(f"{images.id}: {len(images)} images where {expected} were expected")
+    return tuple(notes), tuple(warnings)

@@ -1,0 +1,141 @@
+"""FID with its bias removed and its interval, from images, statistics or features; the arithmetic is `frechet.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import OptionError
+from . import frechet
+from .score import Score, interval
+from .stats_file import GIVEN, Stats, pair, remarks
+
+_POINTS = 15  # sizes of FID_infinity
+
+
+def label(metric: str, features: str) -> str:
+    """The metric's name, qualified where the features are not Inception's."""
+    if features.startswith("inception-v3:"):
+        return metric
+    return f"{metric} ({features} features, not Inception)" if features != GIVEN else f"{metric} (given features)"
+
+
+def fid(
+    a: Any,
+    b: Any,
+    *,
+    features: Any = None,
+    weights: Any = None,
+    paper: bool = False,
+    extrapolate: bool = False,
+    groups: int | None = None,
+    **reading: Any,
+) -> Score:
+    """FID of images `a` against the reference `b`.
+
+    a, b: what `open_images` reads, a file of statistics, `stats(...)`, "tiny-fashion" (the embedded reference), or
+      features (N, d).
+    features: a name (see `features.py`), `Features`, or a callable with an id; default: those of the statistics file,
+      else inception-v3:clean. weights: file of Inception weights.
+    paper: the plain value as the value, no correction. extrapolate: FID_infinity (arXiv:1911.07023), for comparison
+      with papers that print it. groups: K of the jackknife.
+    reading: alpha, unreadable, batch, device, workers, expected, progress.
+    The interval is 95 %, by the influence function; with features on both sides it covers the sampling of both, with
+    statistics as reference these count as exact. Never a bootstrap: it would add the whole bias once more.
+    """
+    if paper and extrapolate:
+        raise OptionError("paper=True and extrapolate=True contradict each other: one is the plain value")
+    left, right = pair(a, b, features, weights, reading)
+    raw = frechet.distance(left.gaussian, right.gaussian)
+    notes, warnings = (list(x) for x in remarks(left, right))
+    if right.values is None:
+        many = "an unknown number of" if right.n is None else str(right.n)
+        notes.append(f"{right.name}: statistics of {many} images, taken as exact; the bias that it has itself stays")
+    value, how = raw, "plain"
+    if extrapolate:
+        value, how = _infinity(left, right), f"FID_infinity, {_POINTS} sizes"
+        notes.append("the interval leaves out the noise of the extrapolation itself")
+    elif not paper:
+        value, how = _corrected(left, right, groups, raw, warnings)
+    if how == "plain":
+        _warn_if_few(left, right, warnings)
+    low, high = interval(value, _standard_error(left, right))
+    return Score(
+        value,
+        low,
+        high,
+        raw,
+        left.n or 0,
+        right.n,
+        str(left.features),
+        f"{how}; interval by the influence function",
+        label("FID", str(left.features)),
+        notes=tuple(notes),
+        warnings=tuple(warnings),
+    )
+
+
+def _corrected(a: Stats, b: Stats, groups: int | None, raw: float, warnings: list[str]) -> tuple[float, str]:
+    """Jackknife over the side(s) with features."""
+    x, y = (a, b) if a.values is not None else (b, a)
+    if x.values is None:
+        warnings.append("both sides are statistics: no bias correction and no interval")
+        return raw, "plain"
+    other: Any = y.gaussian if y.values is None else y.values
+    few = len(x.values) if y.values is None else min(len(x.values), len(y.values))
+    k = groups or (10 if x.values.shape[1] <= 256 and few >= 20 else 2)
+    if few < 2 * k:
+        warnings.append(f"{few} images are too few for a jackknife of {k} groups: the bias is not corrected")
+        return raw, "plain"
+    return frechet.jackknife(x.values, other, k), f"jackknife, {k} groups"
+
+
+def _warn_if_few(a: Stats, b: Stats, warnings: list[str]) -> None:
+    for side in (a, b):
+        d = len(side.gaussian.mean)
+        if side.n is not None and side.n < d:
+            warnings.append(f"{side.name}: {side.n} images for {d} features: bias dominates this number")
+
+
+def _standard_error(a: Stats, b: Stats) -> float:
+    parts = [
+        frechet.standard_error(frechet.influence(x.values, y.gaussian))
+        for x, y in ((a, b), (b, a))
+        if x.values is not None
+    ]
+    return float(np.hypot.reduce(parts)) if parts else float("nan")
+
+
+def _infinity(a: Stats, b: Stats) -> float:
+    """The intercept of a straight line through FID against 1/N, N from min(5000, N/4) to all (random subsets)."""
+    if a.values is None:
+        raise OptionError("extrapolate=True needs the images or features of the first side, not statistics")
+    n = len(a.values)
+    if n < 4 * _POINTS:
+        raise OptionError(f"extrapolate=True needs at least {4 * _POINTS} images, got {n}")
+    rng = np.random.default_rng(0)
+    sizes = np.linspace(min(5000, n // 4), n, _POINTS).round().astype(int)
+    values = [
+        frechet.distance(frechet.from_features(a.values[torch.from_numpy(rng.permutation(n)[:k])]), b.gaussian)
+        for k in sizes
+    ]
+    return float(np.polyfit(1 / sizes, values, 1)[1])
+
+
+def fid_difference(
+    a: Any, b: Any, reference: Any, *, features: Any = None, weights: Any = None, **reading: Any
+) -> frechet.Difference:
+    """FID(a) - FID(b) of images that share seeds and prompts, with its standard error and z.
+
+    The paired influence values see what two intervals cannot: most of the sampling noise is common and cancels.
+    """
+    left, right = pair(a, reference, features, weights, reading)
+    other, _ = pair(b, right, features, weights, reading)
+    if left.values is None or other.values is None:
+        raise OptionError("a paired difference needs the images or features of both sides, not statistics")
+    try:
+        return frechet.paired(left.values, other.values, right.gaussian)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
