@@ -1,4 +1,4 @@
-"""The command line: `diffaccel demo | samplers | certify | eval`."""
+"""The command line: `diffaccel demo | samplers | certify | generate | eval`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from .errors import DiffaccelError
 from .eval import command as eval_command
+from .generate_command import add_parser as add_generate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     certify.add_argument("sampler", help="a registered name, or module:function of a loop")
     certify.add_argument("options", nargs="*", metavar="key=value", help="options of the sampler")
     certify.set_defaults(run=_certify)
+    add_generate(commands)
     eval_command.add(commands)
     args = parser.parse_args(argv)
     try:

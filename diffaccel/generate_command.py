@@ -1,0 +1,197 @@
+"""`diffaccel generate`: images for many prompts and seeds, by one process or many."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from .errors import DiffaccelError, OptionError
+
+if TYPE_CHECKING:
+    from .parallel.generate import Report
+    from .parallel.world import World
+
+EPILOG = """\
+Several processes: torchrun --nproc-per-node 4 -m diffaccel generate ... (or accelerate launch -m diffaccel ..., or
+srun). The images are the same for any number of processes. Stopped or killed: the same command goes on."""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    p = commands.add_parser("generate", help="images for many prompts and seeds, on one or many devices", epilog=EPILOG)
+    p.add_argument("model", nargs="?", metavar="MODEL", help="tiny-sd, tiny-flow, tiny-pixel, a folder, or a hub id")
+    p.add_argument("--prompts", metavar="FILE", help=".txt, .csv, .tsv, .json or .jsonl")
+    p.add_argument("--out", metavar="DIR", help="folder to fill; a run that was stopped goes on there")
+    p.add_argument("--calls", type=int, metavar="N", help="model calls an image, exactly (a guidance pair counts once)")
+    p.add_argument("--seeds", metavar="0-99", help="an image for each; prompts in turn (default: one a prompt, from 0)")
+    p.add_argument("--batch", type=int, default=8, metavar="B", help="images in one pass (default 8)")
+    p.add_argument("--scheduler", metavar="NAME", help="a sampler, or a scheduler class (default: the checkpoint's)")
+    p.add_argument("--option", action="append", default=[], metavar="key=value", help="option of the scheduler")
+    p.add_argument("--call", action="append", default=[], metavar="key=value", help="argument of the pipeline's call")
+    p.add_argument("--guidance", type=float, metavar="G", help="guidance scale (default: the pipeline's)")
+    p.add_argument("--height", type=int, metavar="H", help="pixels (default: the pipeline's)")
+    p.add_argument("--width", type=int, metavar="W")
+    p.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default float32)")
+    p.add_argument("--threads", type=int, default=1, metavar="T", help="CPU threads a process (default 1)")
+    p.add_argument("--cpu", action="store_true", help="stay on the CPU")
+    p.add_argument("--processes", type=int, metavar="P", help="an error if it is another number of processes")
+    p.add_argument("--verify", default="fast", help="'fast': finished images by size; 'full': by their pixels")
+    p.add_argument("--status", metavar="DIR", help="say what is done, missing and damaged there; 0 if complete, else 1")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: all images are there; 1: `--status` of an incomplete folder; 2: refused or failed; 130: stopped."""
+    if args.status:
+        return _status(args)
+    missing = [f"--{k}" for k in ("prompts", "out", "calls") if getattr(args, k) is None]
+    missing = [*([] if args.model else ["MODEL"]), *missing]
+    if missing:
+        raise OptionError(f"generate needs {', '.join(missing)}; see diffaccel generate --help")
+    from .parallel.world import WorldError, open_world
+
+    try:
+        world = open_world(cpu=args.cpu)
+    except WorldError as error:
+        if error.told:
+            return 2
+        raise
+    try:
+        report = _generate(args, world)
+        if world.rank == 0:
+            _print(report, args.out)
+        return 0
+    except KeyboardInterrupt:
+        if world.rank == 0:
+            print("\ndiffaccel: stopped; finished images are kept, the same command goes on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        told = isinstance(error, WorldError) and error.told
+        if world.size == 1:
+            raise
+        if world.abort(_first_lines(error)) and not told:  # one report in all: by the rank that failed first
+            if not isinstance(error, DiffaccelError):
+                traceback.print_exc()
+            print(f"diffaccel: rank {world.rank} of {world.size}: {_first_lines(error)}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        world.close()
+
+
+def _generate(args: argparse.Namespace, world: World) -> Report:
+    """Everything that a rank does."""
+    if args.processes is not None and args.processes != world.size:
+        raise OptionError(
+            f"--processes {args.processes} was asked for but {world.size} run; `accelerate launch --cpu "
+            "--num_processes P` starts one: use torchrun --nproc-per-node P"
+        )
+    import torch
+
+    from . import __version__
+    from .parallel.folder import check_verify
+    from .parallel.generate import generate, parse_seeds, tasks_for
+    from .prompts import read_prompts
+
+    # What is wrong in the command is found before minutes are spent on loading a model.
+    check_verify(args.verify)
+    tasks = tasks_for(read_prompts(args.prompts), None if args.seeds is None else parse_seeds(args.seeds))
+    options, call = _options(args.option, "--option"), _options(args.call, "--call")
+    for key, value in (("guidance_scale", args.guidance), ("height", args.height), ("width", args.width)):
+        if value is not None:
+            call[key] = value
+    if args.threads < 1:
+        raise OptionError(f"--threads is 1 or more, got {args.threads}")
+    torch.set_num_threads(args.threads)  # the bits of a sum may depend on it, so it must not depend on the launcher
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    import diffusers
+    import transformers
+
+    from . import painter
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    pipe = painter.load(args.model, args.dtype)
+    pipe.scheduler = painter.scheduler_for(pipe.scheduler.config, type(pipe.scheduler), args.scheduler, options)
+    call = painter.CALL_DEFAULTS.get(args.model, {}) | call
+    recipe = {
+        "pipeline": type(pipe).__name__,
+        "weights": painter.fingerprint(pipe),
+        "scheduler": {"class": type(pipe.scheduler).__name__, "config": painter.plain_config(pipe.scheduler)},
+        "calls": args.calls,
+        "call": call,
+        "dtype": args.dtype,
+        "device": world.device.type,
+        "threads": args.threads if world.device.type == "cpu" else None,
+    }
+    environment = {"diffaccel": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__}
+    if world.device.type == "cuda":
+        environment["device"] = torch.cuda.get_device_name(world.device)
+    paint = painter.Painter(pipe.to(world.device), args.calls, call, world.check)
+    if world.rank == 0:
+        chunks = -(-len(tasks) // max(1, args.batch))
+        print(
+            f"generate: {len(tasks)} images in {chunks} chunks, {args.calls} model calls each, {world.size} "
+            f"process{'es' if world.size > 1 else ''} on {world.device.type}",
+            file=sys.stderr,
+        )
+    return generate(
+        paint,
+        tasks,
+        args.out,
+        batch=args.batch,
+        recipe=recipe,
+        environment=environment,
+        scheduler=painter.scheduler_name(pipe.scheduler),
+        world=world,
+        progress=world.rank == 0,
+        verify=args.verify,
+    )
+
+
+def _print(report: Report, out: str) -> None:
+    rate = f", {report.made / report.seconds:.2f} images/s" if report.made else ""
+    print(
+        f"generate: {out} is complete: {report.images} images; {report.made} made now in {report.seconds:.1f} s by "
+        f"{report.processes} process{'es' if report.processes > 1 else ''}{rate}"
+    )
+    for what, found in (("hold a NaN (saved black there)", report.nan), ("are black everywhere", report.black)):
+        if found:
+            shown = ", ".join(map(str, found[:10])) + (", ..." if len(found) > 10 else "")
+            print(f"generate: {len(found)} images {what}: {shown}")
+
+
+def _status(args: argparse.Namespace) -> int:
+    from .parallel.generate import status
+
+    found = status(args.status, verify=args.verify)
+    print(
+        f"{args.status}: {found['done']} of {found['images']} images done, {len(found['missing'])} missing, "
+        f"{len(found['damaged'])} damaged, {len(found['nan'])} with NaN, {len(found['black'])} black"
+    )
+    return 0 if found["done"] == found["images"] else 1
+
+
+def _options(texts: list[str], flag: str) -> dict[str, Any]:
+    """`key=value` pairs; a value is a Python literal, true, false, null, or else a string."""
+    found: dict[str, Any] = {}
+    words = {"true": True, "false": False, "null": None, "none": None}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise OptionError(f"{flag} is written key=value, got {text!r}")
+        if key in found:
+            raise OptionError(f"{flag} {key} is given twice")
+        try:
+            found[key] = words[value.lower()] if value.lower() in words else ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found
+
+
+def _first_lines(error: BaseException, most: int = 12) -> str:
+    text = str(error) if isinstance(error, DiffaccelError) else f"{type(error).__name__}: {error}"
+    return "\n".join(text.splitlines()[:most])

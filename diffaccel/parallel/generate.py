@@ -1,0 +1,316 @@
+"""Many images by any number of processes: the same bytes whatever that number is, and resumable at any point.
+
+Image i depends on the recipe, its prompt, its seed and the chunk that it is computed in. Chunks are consecutive images
+of a fixed number, so no batch depends on who computes it. Processes meet once at the start (what is left to do) and
+once at the end (all lines are written); between, none waits for another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import DiffaccelError, OptionError, RunError
+from .folder import Folder, FolderError, Record, check_verify, locked
+from .world import SoloWorld, World, same_on_all
+
+MOST = 10_000_000  # images
+
+
+@dataclass(frozen=True)
+class Task:
+    """Image `index`: its prompt and the seed of its noise."""
+
+    index: int
+    prompt: str
+    seed: int
+
+    def generator(self) -> torch.Generator:
+        """Its own source of noise, on the CPU on every device, so that its noise depends on nothing else."""
+        return torch.Generator("cpu").manual_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class Painted:
+    """What was made for a chunk.
+
+    Args:
+        images: (B, H, W, 3) float in [0, 1]; (B, H, W, 1) is grey.
+        calls: model calls that each of them took, counted.
+    """
+
+    images: np.ndarray
+    calls: int
+
+
+Paint = Callable[[Sequence[Task]], Painted]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of a folder after a run.
+
+    Args:
+        images: whole images with a line.
+        made: of these, made by this run.
+        seconds: of this run, from the first chunk to the last of all processes.
+        processes: that took part.
+        nan: indexes of images that held a NaN (saved black there).
+        black: indexes of images that are black everywhere.
+    """
+
+    images: int
+    made: int
+    seconds: float
+    processes: int
+    nan: list[int]
+    black: list[int]
+
+
+# ---------------------------------------------------------------------- what to make
+def parse_seeds(text: str) -> range | list[int]:
+    """Seeds written as "0-99", "7" or "0-9,20,30-39" (both ends count).
+
+    Raises:
+        OptionError: another form, a range that runs backwards, a seed of 2**63 or more, or too many.
+    """
+    parts = []
+    for part in text.replace(" ", "").split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise OptionError(f"--seeds {text!r}: {part!r} is no seed and no range; write 7, 0-99 or 0-9,20,30-39")
+        a, b = int(first), int(last or first)
+        if b < a:
+            raise OptionError(f"--seeds {text!r}: the range {part} runs backwards; write {b}-{a}")
+        if b >= 2**63:
+            raise OptionError(f"--seeds {text!r}: seeds are below 2**63, got {b}")
+        parts.append(range(a, b + 1))
+    number = sum(p.stop - p.start for p in parts)
+    if number > MOST:
+        raise OptionError(f"--seeds {text!r}: {number} images; a folder holds at most {MOST}")
+    return parts[0] if len(parts) == 1 else [s for p in parts for s in p]
+
+
+def tasks_for(prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[Task]:
+    """One image for each seed; the prompts are used in turn. Without seeds: one image a prompt, seeds 0, 1, 2, ...
+
+    Raises:
+        OptionError: no prompt, a prompt that would never be used, or the same image twice.
+    """
+    if not prompts:
+        raise OptionError("there is no prompt")
+    chosen = range(len(prompts)) if seeds is None else seeds
+    if len(chosen) < len(prompts):
+        raise OptionError(
+            f"{len(prompts)} prompts but {len(chosen)} seeds: the last {len(prompts) - len(chosen)} prompts would "
+            f"never be used. Give a seed for each image (--seeds 0-{len(prompts) - 1}), or fewer prompts"
+        )
+    made = [Task(i, prompts[i % len(prompts)], seed) for i, seed in enumerate(chosen)]
+    first: dict[tuple[str, int], int] = {}
+    for task in made:
+        twin = first.setdefault((task.prompt, task.seed), task.index)
+        if twin != task.index:
+            raise OptionError(
+                f"images {twin} and {task.index} would be the same: prompt {task.prompt!r} with seed {task.seed}"
+            )
+    return made
+
+
+def tasks_digest(tasks: Sequence[Task]) -> dict[str, Any]:
+    """What a recipe says of the images to make."""
+    text = json.dumps([[t.prompt, t.seed] for t in tasks], ensure_ascii=False)
+    first, last = tasks[0], tasks[-1]
+    ends = [[first.prompt, first.seed], [last.prompt, last.seed]]
+    return {"count": len(tasks), "first_and_last": ends, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+# ---------------------------------------------------------------------- making it
+def generate(
+    paint: Paint,
+    tasks: Sequence[Task],
+    out: str | Path,
+    *,
+    batch: int,
+    recipe: Mapping[str, Any],
+    environment: Mapping[str, Any] | None = None,
+    scheduler: str = "",
+    world: World | None = None,
+    progress: bool = True,
+    verify: str = "fast",
+) -> Report:
+    """Fill `out` with the images of `tasks`; those that are there already are not made again.
+
+    Args:
+        paint: makes the images of one chunk; called in every process with different chunks.
+        tasks: all images, the same list in every process.
+        out: the folder, seen by all processes.
+        batch: images a chunk.
+        recipe: everything that an image depends on, plain JSON; a folder holds one recipe. `tasks` and `batch` are
+            added to it.
+        environment: versions and device name; a difference is a warning.
+        scheduler: its name for the lines.
+        world: this process among the others; alone if None.
+        progress: whether rank 0 shows a bar over all ranks' images, and its notes.
+        verify: how an image is recognised as there: "fast" (size of the file) or "full" (its pixels).
+
+    Raises:
+        FolderError: the folder cannot be used, or belongs to another recipe.
+        RunError: a chunk failed; the message names it.
+        WorldError: another rank failed or vanished.
+    """
+    world = world or SoloWorld()
+    if batch < 1:
+        raise OptionError(f"a chunk has 1 image or more, got batch = {batch}")
+    chunks = [tasks[i : i + batch] for i in range(0, len(tasks), batch)]
+    whole = {**recipe, "images": tasks_digest(tasks), "batch": batch}
+    same_on_all(world, "recipe", whole)
+    folder = Folder(out)
+    if world.rank != 0:
+        return _work(folder, paint, chunks, scheduler, world, whole, None)
+    notes = folder.begin(whole, environment or {})
+    with locked(folder.root):
+        if progress and notes:
+            print("generate: not the environment that this folder was begun in:", *notes, sep="\n", file=sys.stderr)
+        folder.sweep()
+        kept = {i: r for i, r in folder.records().items() if folder.good(r, check_verify(verify))}
+        folder.merge(kept)
+        todo = [k for k, chunk in enumerate(chunks) if any(t.index not in kept for t in chunk)]
+        return _work(folder, paint, chunks, scheduler, world, whole, todo, progress)
+
+
+def _work(
+    folder: Folder,
+    paint: Paint,
+    chunks: Sequence[Sequence[Task]],
+    scheduler: str,
+    world: World,
+    recipe: Mapping[str, Any],
+    todo: list[int] | None,
+    progress: bool = False,
+) -> Report:
+    """This rank's share of the chunks that rank 0 found missing, then the report of all."""
+    plan = None if todo is None else json.dumps({"run": f"{time.time_ns():020d}", "todo": todo}).encode()
+    start = json.loads(world.broadcast("list of chunks", plan, timeout=None))
+    if world.rank and not folder.manifest.exists():
+        raise FolderError(f"rank {world.rank} does not see {folder.manifest}: all processes need one shared folder")
+    missing = sum(len(chunks[k]) for k in start["todo"])
+    total, began = sum(map(len, chunks)), time.monotonic()
+    with folder.part(start["run"], world.rank) as part, _bar(total, total - missing, progress) as show:
+        # dealt by position among what is left: every rank gets its share of a resumed run too
+        for k in start["todo"][world.rank :: world.size]:
+            world.check()
+            part.write(_chunk(folder, paint, chunks[k], k, scheduler))
+            show(world.add("images", len(chunks[k])))
+        world.gather("last image", b"", timeout=None, tick=lambda: show(world.add("images", 0)))
+        show(world.add("images", 0))
+    seconds = time.monotonic() - began
+    report = None
+    if world.rank == 0:
+        report = json.dumps(asdict(_finish(folder, total, missing, seconds, world.size))).encode()
+    return Report(**json.loads(world.broadcast("report", report, timeout=None)))
+
+
+def _chunk(folder: Folder, paint: Paint, tasks: Sequence[Task], number: int, scheduler: str) -> list[Record]:
+    """Make and save the images of one chunk; their lines."""
+    start = time.perf_counter()
+    try:
+        painted = paint(tasks)
+    except DiffaccelError:
+        raise
+    except Exception as error:
+        raise _explained(error, tasks, number) from error
+    images = np.asarray(painted.images)
+    if images.ndim != 4 or len(images) != len(tasks) or images.shape[-1] not in (1, 3):
+        raise RunError(f"chunk {number}: expected ({len(tasks)}, H, W, 3) images, got shape {images.shape}")
+    seconds = (time.perf_counter() - start) / len(tasks)
+    found = []
+    for task, image in zip(tasks, images, strict=True):
+        pixels, flaw = to_pixels(image)
+        saved = folder.save(task.index, pixels)
+        found.append(
+            {"index": task.index, "prompt": task.prompt, "seed": task.seed, "scheduler": scheduler}
+            | {"calls": painted.calls, "seconds": round(seconds, 6), "flaw": flaw, **saved}
+        )
+    return found
+
+
+def to_pixels(image: np.ndarray) -> tuple[np.ndarray, str | None]:
+    """(H, W, 1 or 3) float in [0, 1] to ((H, W, 3) uint8, flaw): "nan" if it holds a NaN, "black" if all is zero."""
+    bad = not np.isfinite(image).all()
+    image = np.nan_to_num(image, nan=0.0, posinf=1.0, neginf=0.0)
+    pixels = (image.clip(0, 1) * 255).round().astype(np.uint8)
+    flaw = "nan" if bad else None if pixels.any() else "black"
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy(), flaw
+
+
+def _explained(error: Exception, tasks: Sequence[Task], number: int) -> RunError:
+    first, last = tasks[0], tasks[-1]
+    where = f"chunk {number} (images {first.index} to {last.index}; first prompt {first.prompt!r}, seed {first.seed})"
+    lines = str(error).strip().splitlines() or [""]
+    advice = ""
+    if isinstance(error, torch.OutOfMemoryError):
+        advice = ". Use a smaller --batch and a new --out: the batch size changes images by rounding"
+    return RunError(f"{where}: {type(error).__name__}: {lines[0]}{advice}")
+
+
+def _finish(folder: Folder, total: int, made: int, seconds: float, processes: int) -> Report:
+    """Merge the lines of all processes into one file."""
+    end = time.monotonic() + 10  # shared file systems show other machines' files a little later
+    while len(records := folder.records()) < total and time.monotonic() < end:
+        time.sleep(0.2)
+    if len(records) < total:
+        raise FolderError(
+            f"{folder.root}: {total - len(records)} of {total} images have no line although every process finished; "
+            "the folder is not shared by all of them, or was changed. Run the same command again"
+        )
+    folder.merge(records)
+    folder.end()
+    flaws = {kind: [i for i, r in sorted(records.items()) if r.get("flaw") == kind] for kind in ("nan", "black")}
+    return Report(len(records), made, seconds, processes, flaws["nan"], flaws["black"])
+
+
+def status(out: str | Path, *, verify: str = "fast") -> dict[str, Any]:
+    """What is in a folder: {"images", "done", "missing", "damaged", "nan", "black"}, the last four lists of indexes.
+
+    Raises:
+        FolderError: no folder of `generate`.
+    """
+    folder = Folder(out)
+    count = int(folder.read()["recipe"]["images"]["count"])
+    records = {i: r for i, r in folder.records().items() if i < count}
+    damaged = sorted(i for i, r in records.items() if not folder.good(r, check_verify(verify)))
+    flaws = {kind: sorted(i for i, r in records.items() if r.get("flaw") == kind) for kind in ("nan", "black")}
+    missing = [i for i in range(count) if i not in records]
+    return {
+        "images": count,
+        "done": count - len(missing) - len(damaged),
+        "missing": missing,
+        "damaged": damaged,
+    } | flaws
+
+
+# ---------------------------------------------------------------------- progress
+@contextmanager
+def _bar(total: int, before: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """A bar over all images; what it yields is told how many this run has made, in all processes."""
+    if not show:
+        yield lambda made: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, initial=before, unit="image", desc="generate") as bar:
+
+        def update(made: int) -> None:
+            bar.update(before + made - bar.n)
+
+        yield update

@@ -1,0 +1,342 @@
+"""Rank, device and messages: nothing outside this file asks torch or accelerate for them.
+
+Messages are small and travel through the key-value store that torch's launchers open anyway. Every wait is made of
+short looks at the store, so that a rank that failed (it leaves a reason) or vanished (its heartbeat stops) ends all
+ranks with an error that names it, never with a hang.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from itertools import count
+from typing import Any, Protocol
+
+import torch
+
+from ..errors import DiffaccelError
+from .launch import slurm_environment
+
+BEAT = 0.5  # seconds between heartbeats
+TIMEOUT = 60.0  # seconds without any sign of a rank
+LOOK = 0.02  # seconds between two looks at the store
+_worlds = count()  # worlds opened one after another in a process must not read each other's keys
+
+
+class WorldError(DiffaccelError, RuntimeError):
+    """A rank failed, vanished, or could not be reached.
+
+    Args:
+        message: names the rank and what it was needed for.
+        told: whether another rank reports it, so that this one can end in silence.
+    """
+
+    def __init__(self, message: str, *, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told
+
+
+class World(Protocol):
+    """The processes that work together. Every method may raise `WorldError`."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def check(self) -> None:
+        """Raise if another rank has failed. Costs nothing; call it often."""
+
+    def add(self, name: str, amount: int) -> int:
+        """Add to a counter that all ranks share; its new value."""
+
+    def gather(
+        self, name: str, payload: bytes, *, timeout: float | None = TIMEOUT, tick: Callable[[], Any] | None = None
+    ) -> list[bytes]:
+        """Every rank's payload, in rank order, on every rank.
+
+        Args:
+            name: for messages; all ranks make the same calls in the same order.
+            payload: of this rank.
+            timeout: seconds; None waits for as long as the others are alive.
+            tick: called now and then while waiting.
+        """
+
+    def broadcast(self, name: str, payload: bytes | None, *, timeout: float | None = TIMEOUT) -> bytes:
+        """Rank 0's payload on every rank; the others pass None."""
+
+    def barrier(self, name: str, *, timeout: float | None = TIMEOUT) -> None:
+        """Return when every rank has come here."""
+
+    def abort(self, reason: str) -> bool:
+        """End the work of all ranks; True if this rank was the first, and so is the one that reports, at once: a
+        launcher ends the others as soon as one process has left."""
+
+    def close(self) -> None:
+        """Leave. The last thing a rank does."""
+
+
+class SoloWorld:
+    """One process: every message is the identity."""
+
+    rank = 0
+    size = 1
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._counters: dict[str, int] = {}
+
+    def check(self) -> None:
+        return
+
+    def add(self, name: str, amount: int) -> int:
+        self._counters[name] = self._counters.get(name, 0) + amount
+        return self._counters[name]
+
+    def gather(
+        self, name: str, payload: bytes, *, timeout: float | None = TIMEOUT, tick: Callable[[], Any] | None = None
+    ) -> list[bytes]:
+        return [payload]
+
+    def broadcast(self, name: str, payload: bytes | None, *, timeout: float | None = TIMEOUT) -> bytes:
+        return payload or b""
+
+    def barrier(self, name: str, *, timeout: float | None = TIMEOUT) -> None:
+        return
+
+    def abort(self, reason: str) -> bool:
+        return True
+
+    def close(self) -> None:
+        return
+
+
+class DistWorld:
+    """Processes started by torchrun, accelerate launch or srun; opened by `open_world`.
+
+    Args:
+        rank, size, device: of this process.
+        connect: makes one connection to the store; the heartbeat has its own, because a connection serves one thread.
+        timeout: seconds without a sign of a rank after which it counts as gone.
+    """
+
+    def __init__(
+        self, rank: int, size: int, device: torch.device, connect: Callable[[], Any], *, timeout: float = TIMEOUT
+    ) -> None:
+        self.rank, self.size, self.device, self.timeout = rank, size, device, timeout
+        self._store, self._pulse = connect(), connect()
+        self._calls = count()
+        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._failure: WorldError | None = None
+        self._tell = False
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="diffaccel-heartbeat", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------ the heartbeat's thread
+    def _beat(self) -> None:
+        for i in count():
+            try:
+                self._pulse.set(f"beat/{self.rank}", str(i))
+                if self._failure is None and self._pulse.check(["abort"]):
+                    self._failure = _told(self._pulse.get("abort"))
+                    self._pulse.set(f"heard/{self.rank}", "")
+            except Exception as error:  # whatever a closed connection looks like in this version of torch
+                self._failure = self._failure or self._lost(error)
+                return
+            if self._over.wait(BEAT):
+                return
+
+    # ------------------------------------------------------------------ what ranks say to each other
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def add(self, name: str, amount: int) -> int:
+        self.check()
+        return int(self._try(lambda: self._store.add(f"count/{name}", amount)))
+
+    def gather(
+        self, name: str, payload: bytes, *, timeout: float | None = TIMEOUT, tick: Callable[[], Any] | None = None
+    ) -> list[bytes]:
+        key = f"{next(self._calls)}/{name}"
+        self._try(lambda: self._store.set(f"{key}/{self.rank}", payload))
+        return [self._receive(f"{key}/{r}", r, name, timeout, tick) for r in range(self.size)]
+
+    def broadcast(self, name: str, payload: bytes | None, *, timeout: float | None = TIMEOUT) -> bytes:
+        key = f"{next(self._calls)}/{name}"
+        if self.rank == 0:
+            self._try(lambda: self._store.set(key, payload or b""))
+            return payload or b""
+        return self._receive(key, 0, name, timeout, None)
+
+    def barrier(self, name: str, *, timeout: float | None = TIMEOUT) -> None:
+        self.gather(name, b"", timeout=timeout)
+
+    def abort(self, reason: str) -> bool:
+        text = json.dumps({"rank": self.rank, "reason": reason})
+        try:
+            first = self._store.compare_set("abort", "", text).decode() == text
+        except Exception:  # the store is gone: nobody can be told, so everybody reports
+            return True
+        self._tell = first and self.rank == 0
+        return first
+
+    def close(self) -> None:
+        if self._tell:  # without torchrun the store lives in this process: let the others read it first
+            self._until(lambda: all(self._store.check([f"heard/{r}"]) for r in range(1, self.size)), 3.0)
+        self._over.set()
+        self._thread.join()
+        self._until(lambda: self._store.set(f"beat/{self.rank}", "left") is None, 0.0)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    # ------------------------------------------------------------------ waiting
+    def _receive(
+        self, key: str, source: int, what: str, timeout: float | None, tick: Callable[[], Any] | None
+    ) -> bytes:
+        start = time.monotonic()
+        while not self._try(lambda: self._store.check([key])):
+            self.check()
+            now = time.monotonic()
+            quiet = self._quiet(source, start)
+            if quiet is None:
+                raise WorldError(f"rank {source} left before {what!r}, for which rank {self.rank} was waiting")
+            if quiet > self.timeout or (timeout is not None and now - start > timeout):
+                raise WorldError(
+                    f"rank {self.rank} waited {now - start:.0f} s for rank {source} ({what}); "
+                    f"rank {source} was last alive {quiet:.0f} s ago"
+                )
+            if tick is not None:
+                tick()
+            time.sleep(LOOK)
+        return bytes(self._try(lambda: self._store.get(key)))
+
+    def _quiet(self, rank: int, start: float) -> float | None:
+        """Seconds since a rank's heartbeat last changed; None if it has left."""
+        key = f"beat/{rank}"
+        beat = bytes(self._store.get(key)) if self._try(lambda: self._store.check([key])) else b""
+        if beat == b"left":
+            return None
+        before, since = self._seen.get(rank, (b"", start))
+        if beat != before:
+            since = time.monotonic()
+        self._seen[rank] = (beat, since)
+        return time.monotonic() - max(since, start) if beat == b"" else time.monotonic() - since
+
+    def _try(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except Exception as error:
+            self.check()  # the reason of the rank that failed says more than the broken connection does
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> WorldError:
+        text = f"rank {self.rank} lost the store of the launcher (or of rank 0): {_line(error)}"
+        return WorldError(text, told=self.rank != 1)  # everybody loses it at once; one report is enough
+
+    @staticmethod
+    def _until(true: Callable[[], bool], seconds: float) -> None:
+        """Wait for something that may never come, on a store that may be gone."""
+        end = time.monotonic() + seconds
+        try:
+            while not true() and time.monotonic() < end:
+                time.sleep(LOOK)
+        except Exception:
+            return
+
+
+def open_world(*, cpu: bool = False, timeout: float = TIMEOUT) -> World:
+    """The world that this process was launched into: torchrun, accelerate launch, srun, or plain python (alone).
+
+    Args:
+        cpu: stay on the CPU even where there is a GPU.
+        timeout: seconds for the ranks to meet, and without a sign of life from one.
+
+    Raises:
+        WorldError: fewer GPUs than processes, or the ranks do not meet.
+    """
+    from accelerate import PartialState
+
+    os.environ.update(slurm_environment(os.environ))
+    rank, size = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
+    cpu = cpu or not torch.accelerator.is_available()
+    options: dict[str, Any] = {"cpu": cpu}
+    if size > 1:
+        _enough_devices(cpu)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # else accelerate warns; the command sets its threads itself
+        options |= {"timeout": timedelta(seconds=timeout), **({"backend": "gloo"} if cpu else {})}
+    try:
+        state = PartialState(**options)
+    except (RuntimeError, ValueError) as error:  # torch's DistNetworkError and DistStoreError are RuntimeErrors
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise WorldError(f"rank {rank} of {size} could not meet the others at {where}: {_line(error)}") from error
+    if state.num_processes != size:
+        raise WorldError(
+            f"{size} processes were launched but accelerate sees {state.num_processes} on device {state.device}; "
+            "pass --cpu if this device cannot be shared"
+        )
+    if size == 1:
+        return SoloWorld(state.device)
+    distributed: Any = torch.distributed
+    prefix = f"diffaccel/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_worlds)}"
+
+    def connect() -> Any:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = distributed.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
+        return distributed.PrefixStore(prefix, store)
+
+    return DistWorld(state.process_index, state.num_processes, state.device, connect, timeout=timeout)
+
+
+def same_on_all(world: World, what: str, values: dict[str, Any]) -> None:
+    """Raise on every rank if `values` (plain JSON) differ between ranks; the message shows both sides."""
+    found = [json.loads(v) for v in world.gather(what, json.dumps(values).encode(), timeout=None)]
+    for rank, theirs in enumerate(found):
+        wrong = differences(found[0], theirs, "rank 0 has", f"rank {rank} has")
+        if wrong:
+            # every rank sees the same lists, so one report is enough
+            raise WorldError(f"the ranks do not agree on the {what}:\n" + "\n".join(wrong), told=world.rank != 0)
+
+
+def differences(left: Any, right: Any, left_has: str, right_has: str, at: str = "") -> list[str]:
+    """A line for each leaf that differs between two JSON values."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        keys: Iterable[str] = dict.fromkeys([*left, *right])
+        return [
+            line
+            for k in keys
+            for line in differences(left.get(k), right.get(k), left_has, right_has, f"{at}.{k}" if at else k)
+        ]
+    return [] if left == right else [f"  {at}: {left_has} {_short(left)}, {right_has} {_short(right)}"]
+
+
+def _short(value: Any, most: int = 120) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def _told(text: bytes) -> WorldError:
+    found = json.loads(text)
+    return WorldError(f"rank {found['rank']} failed: {found['reason']}", told=True)
+
+
+def _enough_devices(cpu: bool) -> None:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not cpu and here > torch.accelerator.device_count():
+        raise WorldError(
+            f"{here} processes on this machine see {torch.accelerator.device_count()} GPU(s): start one process a GPU "
+            "(check CUDA_VISIBLE_DEVICES), or pass --cpu",
+            told=os.environ.get("LOCAL_RANK", "0") != "0",
+        )
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {_first(str(error).splitlines())}"
+
+
+def _first(lines: Sequence[str]) -> str:
+    return lines[0] if lines else ""
