@@ -14,7 +14,7 @@ from typing import Any
 import diffusers
 import torch
 
-from .core.path import Flow
+from .core.families import Flow
 from .errors import OptionError
 from .schedulers import TableScheduler
 from .schedulers.from_config import read

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import OptionError, no_leftover, one_of
+from .families import VP, Flow
 from .node import Node
-from .path import VP, Flow, Nodes, Path
+from .path import Nodes, Path
 
 # A grid gives n nodes from the noisiest to the cleanest; `closed` ones include `path.last`.
 Points = Callable[..., list[Node]]

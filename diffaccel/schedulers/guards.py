@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..core.path import VP, Path
+from ..core.families import VP
+from ..core.path import Path
 from ..errors import OptionError, RunError
 from .run import Run
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..core.families import Flow
 from ..core.grid import checked, from_sigmas, from_timesteps
 from ..core.grid import nodes as grid_nodes
 from ..core.node import Node
-from ..core.path import Flow, Nodes, Path
+from ..core.path import Nodes, Path
 from ..errors import OptionError
 from ..samplers.registry import Sampler
 from .from_config import grid_of, path_of

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ..core.families import betas
 from ..core.grid import GRIDS
-from ..core.path import Path, betas
+from ..core.path import Path
 from ..core.prediction import Output
 from ..errors import PathError, one_of
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..core.path import VP
+from ..core.families import VP
 from ..core.table import Table
 from ..errors import OptionError, RunError
 from .from_config import grid_of, path_of

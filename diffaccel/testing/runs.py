@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from ..core.families import betas
 from ..core.grid import GRIDS
 from ..core.grid import nodes as grid_nodes
 from ..core.node import Node
-from ..core.path import Nodes, Path, betas
+from ..core.path import Nodes, Path
 from ..core.prediction import Prediction, Space, convert
 from ..core.table import Table
 from ..errors import OptionError

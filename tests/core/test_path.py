@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffaccel.core.families import betas
 from diffaccel.core.node import Node, decay, step
-from diffaccel.core.path import Nodes, Path, betas
+from diffaccel.core.path import Nodes, Path
 from diffaccel.errors import DiffaccelError, OptionError, PathError
 from diffaccel.testing.runs import PATHS, SD_BETAS
 

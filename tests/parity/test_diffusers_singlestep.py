@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers.schedulers import scheduling_dpmsolver_multistep, scheduling_euler_ancestral_discrete
 
-from diffaccel.core.path import Nodes, Path, betas
+from diffaccel.core.families import betas
+from diffaccel.core.path import Nodes, Path
 from diffaccel.core.phi import phi
 from diffaccel.samplers.registry import get
 from diffaccel.testing.problems import four_modes

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy.special import ndtri
 
-from diffaccel.core.path import Nodes, Path, betas
+from diffaccel.core.families import betas
+from diffaccel.core.path import Nodes, Path
 from diffaccel.core.prediction import Prediction
 from diffaccel.samplers.registry import get
 

@@ -8,8 +8,9 @@ import golden_data
 import numpy as np
 import pytest
 
+from diffaccel.core.families import betas
 from diffaccel.core.node import Node
-from diffaccel.core.path import Nodes, Path, betas
+from diffaccel.core.path import Nodes, Path
 from diffaccel.core.prediction import Prediction
 from diffaccel.samplers.registry import get
 
