@@ -131,7 +131,6 @@ class DistWorld:
         self._calls = count()
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._failure: WorldError | None = None
-        self._tell = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="diffaccel-heartbeat", daemon=True)
         self._thread.start()
@@ -144,6 +143,7 @@ class DistWorld:
                 if self._failure is None and self._pulse.check(["abort"]):
                     self._failure = _told(self._pulse.get("abort"))
                     self._pulse.set(f"heard/{self.rank}", "")
+                    return
             except Exception as error:  # whatever a closed connection looks like in this version of torch
                 self._failure = self._failure or self._lost(error)
                 return
@@ -177,20 +177,26 @@ class DistWorld:
         self.gather(name, b"", timeout=timeout)
 
     def abort(self, reason: str) -> bool:
+        if self._failure is not None:  # another was first, and its store may be gone by now
+            return not self._failure.told
         text = json.dumps({"rank": self.rank, "reason": reason})
         try:
             first = self._store.compare_set("abort", "", text).decode() == text
+            self._store.set(f"heard/{self.rank}", "")
         except Exception:  # the store is gone: nobody can be told, so everybody reports
             return True
-        self._tell = first and self.rank == 0
+        self._failure = _told(text.encode())
         return first
 
     def close(self) -> None:
-        if self._tell:  # without torchrun the store lives in this process: let the others read it first
-            self._until(lambda: all(self._store.check([f"heard/{r}"]) for r in range(1, self.size)), 3.0)
+        # Without torchrun the store lives in rank 0's process, which therefore leaves last.
+        if self.rank == 0:
+            key, seconds = ("left", 10.0) if self._failure is None else ("heard", 3.0)
+            self._until(lambda: all(self._store.check([f"{key}/{r}"]) for r in range(1, self.size)), seconds)
+        elif self._failure is None:
+            self._until(lambda: self._store.set(f"left/{self.rank}", "") is None, 0.0)
         self._over.set()
         self._thread.join()
-        self._until(lambda: self._store.set(f"beat/{self.rank}", "left") is None, 0.0)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
@@ -203,7 +209,7 @@ class DistWorld:
             self.check()
             now = time.monotonic()
             quiet = self._quiet(source, start)
-            if quiet is None:
+            if self._try(lambda: self._store.check([f"left/{source}"])):
                 raise WorldError(f"rank {source} left before {what!r}, for which rank {self.rank} was waiting")
             if quiet > self.timeout or (timeout is not None and now - start > timeout):
                 raise WorldError(
@@ -215,17 +221,13 @@ class DistWorld:
             time.sleep(LOOK)
         return bytes(self._try(lambda: self._store.get(key)))
 
-    def _quiet(self, rank: int, start: float) -> float | None:
-        """Seconds since a rank's heartbeat last changed; None if it has left."""
-        key = f"beat/{rank}"
-        beat = bytes(self._store.get(key)) if self._try(lambda: self._store.check([key])) else b""
-        if beat == b"left":
-            return None
-        before, since = self._seen.get(rank, (b"", start))
-        if beat != before:
-            since = time.monotonic()
-        self._seen[rank] = (beat, since)
-        return time.monotonic() - max(since, start) if beat == b"" else time.monotonic() - since
+    def _quiet(self, rank: int, start: float) -> float:
+        """Seconds since a rank's heartbeat last changed, or since `start` if it never beat."""
+        key, now = f"beat/{rank}", time.monotonic()
+        beat = bytes(self._try(lambda: self._store.get(key))) if self._try(lambda: self._store.check([key])) else b""
+        if rank not in self._seen or beat != self._seen[rank][0]:
+            self._seen[rank] = (beat, now if beat else start)
+        return now - self._seen[rank][1]
 
     def _try(self, action: Callable[[], Any]) -> Any:
         try:

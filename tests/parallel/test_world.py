@@ -1,0 +1,113 @@
+"""Ranks: messages, and one named error (never a hang) whatever happens to one of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffaccel.parallel.launch import first_host, slurm_environment
+from diffaccel.parallel.world import SoloWorld, WorldError, differences, same_on_all
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict:
+    """What happened to 2 or 3 gloo ranks in each scenario of world_jobs.py."""
+    work = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, str(HERE / "world_jobs.py"), str(work)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def test_messages_reach_every_rank(runs):
+    assert runs["messages"]["codes"] == [0, 0, 0], runs["messages"]["text"]
+
+
+def test_ranks_that_were_told_different_things_say_what_and_once(runs):
+    found = runs["disagree"]
+    assert found["codes"] == [2, 2, 2]
+    assert "calls: rank 0 has 5, rank 1 has 6" in found["text"]
+    assert found["text"].count("do not agree") == 1
+
+
+@pytest.mark.parametrize("scenario, rank", [("raises", 1), ("host_raises", 0)])
+def test_a_rank_that_fails_ends_all_with_one_error(runs, scenario, rank):
+    found = runs[scenario]
+    assert set(found["codes"]) == {2}
+    assert found["text"].strip() == f"REPORT rank {rank}: the model broke"
+    assert found["seconds"] < 10
+
+
+def test_a_rank_that_is_killed_ends_all_with_one_error(runs):
+    found = runs["dies"]
+    assert found["codes"] == [2, -9, 2]
+    assert found["text"].count("REPORT") == 1
+    assert "for rank 1 (last image); rank 1 was last alive" in found["text"]
+    assert found["seconds"] < 20
+
+
+def test_one_process_needs_no_messages():
+    world = SoloWorld()
+    assert (world.rank, world.size, world.device.type) == (0, 1, "cpu")
+    assert world.gather("x", b"1") == [b"1"]
+    assert world.broadcast("x", b"2") == b"2"
+    assert world.add("n", 2) == 2 and world.add("n", 3) == 5
+    same_on_all(world, "recipe", {"a": 1})
+    assert world.abort("over")
+
+
+def test_an_alone_process_that_cannot_meet_the_others_says_where(tmp_path):
+    code = "from diffaccel.parallel.world import open_world; open_world(cpu=True, timeout=1)"
+    env = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60, check=False
+    )
+    assert "WorldError: rank 1 of 2 could not meet the others at 127.0.0.1:9" in done.stderr
+
+
+# ---------------------------------------------------------------------- SLURM
+def test_slurm_variables_of_a_step():
+    env = {
+        "SLURM_STEP_NUM_TASKS": "8",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+        "SLURM_STEP_NODELIST": "gpu[007-009,12]",
+        "SLURM_JOB_ID": "123456",
+    }
+    found = slurm_environment(env)
+    assert found == {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "gpu007",
+        "MASTER_PORT": "23456",
+    }
+    assert "MASTER_ADDR" not in slurm_environment({**env, "MASTER_ADDR": "elsewhere"})
+
+
+def test_slurm_is_left_alone_without_a_step_and_under_torchrun():
+    assert slurm_environment({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) == {}
+    assert slurm_environment({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0", "RANK": "0"}) == {}
+
+
+@pytest.mark.parametrize(
+    "nodes, first",
+    [("gpu[007-009,12],login", "gpu007"), ("n3,n4", "n3"), ("rack[1-2]-ib", "rack1-ib"), ("alone", "alone")],
+)
+def test_first_host(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_differences_name_the_leaf_and_both_sides():
+    left, right = {"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": "x"}
+    assert differences(left, right, "L", "R") == ["  a.c: L 2, R 3", '  d: L null, R "x"']
+    assert differences(left, left, "L", "R") == []
+    assert issubclass(WorldError, RuntimeError)
