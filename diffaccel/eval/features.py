@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -60,7 +61,9 @@ def get(features: Any = None, weights: Any = None) -> Features:
     if isinstance(features, Features):
         return features
     if features is None or isinstance(features, str):
-        return _by_name(canonical(features or DEFAULT), str(weights) if weights else None)
+        # the variable is read here, so that the cache notices when it changes
+        file = weights or os.environ.get(inception.VARIABLE)
+        return _by_name(canonical(features or DEFAULT), str(file) if file else None)
     if callable(features):
         id = getattr(features, "id", None)
         if not isinstance(id, str) or not id:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import OptionError, one_of
+from ..errors import DiffaccelError, OptionError, one_of
 from .pixels import ALPHA, ImageError, from_item, is_channels_first
 
 SUFFIXES = (".bmp", ".jpg", ".jpeg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -47,7 +48,7 @@ class Images:
             return from_item(self._item(i), self._alpha)
         except ImageError as error:
             raise ImageError(f"{self.names[i]} of {self.id}: {error}") from None
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:  # what Pillow raises for broken files
+        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error) as error:  # what broken files raise
             raise ImageError(f"{self.names[i]} of {self.id}: {error or type(error).__name__}") from error
 
     def _try(self, i: int) -> np.ndarray | ImageError:
@@ -109,7 +110,12 @@ def open_images(source: Any, *, alpha: str | None = None, unreadable: str = "err
     if alpha is not None:
         one_of("alpha", alpha, ALPHA)
     one_of("unreadable", unreadable, ("error", "skip"))
-    images = _open(source, alpha)
+    try:
+        images = _open(source, alpha)
+    except DiffaccelError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ImageError(f"cannot read {source}: {error}") from None
     if not len(images):
         raise ImageError(f"{images.id} holds no images (files that count: {' '.join(s[1:] for s in SUFFIXES)})")
     return images.without_unreadable() if unreadable == "skip" else images

@@ -175,7 +175,7 @@ def load(weights: str | Path | None = None) -> Inception:
     except (RuntimeError, TypeError, AttributeError) as error:
         raise OptionError(
             f"{path} is not the state dict of FID's Inception (2015-12-05; torchvision's weights are another network): "
-            f"{str(error)[:300]}"
+            f"{' '.join(str(error).split())[:300]}"
         ) from None
     return net.eval().requires_grad_(False)
 

@@ -13,6 +13,8 @@ Only ours tells the features; for the others the user must name them, since noth
 from __future__ import annotations
 
 import os
+import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -61,6 +63,13 @@ class Stats:
         except ValueError as error:
             raise OptionError(f"{self.name}: {error}") from None
         raise OptionError(f"{self.name} holds neither features nor mu and sigma")
+
+    @property
+    def width(self) -> int:
+        """Features of one image."""
+        if self.moments is not None:
+            return len(self.moments[0])
+        return int(self.sample.shape[1])
 
     @property
     def sample(self) -> torch.Tensor:
@@ -116,7 +125,7 @@ def _read(path: Path, mtime: int) -> Stats:
         with np.load(path, allow_pickle=False) as data:
             # the images of an ADM file stay where they are
             got = {k: data[k] for k in ("mu", "sigma", "n", "features", "feats", "version") if k in data.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise OptionError(f"cannot read statistics from {path}: {error}") from None
     if int(got.get("version", VERSION)) > VERSION:
         raise OptionError(f"{path} has version {int(got['version'])}, this diffaccel reads up to {VERSION}: update it")
@@ -135,12 +144,19 @@ def _read(path: Path, mtime: int) -> Stats:
     )
 
 
+def _keys(path: Path) -> set[str]:
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return set(data.files)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise OptionError(f"cannot read {path}: {error}") from None
+
+
 def is_statistics(path: Path) -> bool:
     """An .npz with mu and sigma, or with feats and no images."""
     if path.suffix.lower() != ".npz" or not path.is_file():
         return False
-    with np.load(path, allow_pickle=False) as data:
-        keys = set(data.files)
+    keys = _keys(path)
     return {"mu", "sigma"} <= keys or ("feats" in keys and "arr_0" not in keys)
 
 
@@ -184,12 +200,7 @@ def known(source: Any, features: str | None, kernel: bool = False) -> Stats | No
     if not is_statistics(path):
         return None
     found = read(path, features)
-    return None if kernel and found.values is None and found.rows is None and _has_images(path) else found
-
-
-def _has_images(path: Path) -> bool:
-    with np.load(path, allow_pickle=False) as data:
-        return "arr_0" in data.files
+    return None if kernel and found.values is None and found.rows is None and "arr_0" in _keys(path) else found
 
 
 _READING = ("alpha", "unreadable", "batch", "device", "workers", "expected", "progress")
@@ -254,6 +265,9 @@ def pair(
             f"different features: {left.name} has {left.features!r}, {right.name} has {right.features!r}; "
             "their numbers cannot be compared (plain arrays are named with features=...)"
         )
+    widths = [s.width for s in (left, right)]
+    if len(set(widths)) > 1:
+        raise OptionError(f"features have different widths: {left.name} {widths[0]}, {right.name} {widths[1]}")
     return left, right
 
 

@@ -1,0 +1,202 @@
+"""CLIP score and R-precision; each known pitfall is a test. The model is a small CLIP with random weights."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from eval_nets import coloured, tiny_clip
+
+from diffaccel.errors import OptionError
+from diffaccel.eval import clip, clip_score, features, open_images, read_prompts
+
+X = coloured(6, size=32)
+WORDS = ["red coat", "blue dress on black", "a photo of a green bag", "shoe", "", "a sandal, white background"]
+LONG = "a photo of a red coat on a white background and a blue dress on a black background with a {} bag"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory):
+    return tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+def embed(model, prompts: list[str]) -> torch.Tensor:
+    return clip.embed_text(*model, prompts)[0]
+
+
+def test_equals_torchmetrics(model) -> None:
+    """Acceptance 7: its update function, through a thin model whose get_*_features return tensors."""
+    theirs = importlib.import_module("torchmetrics.functional.multimodal.clip_score")
+    net, processor = model
+
+    class Thin(torch.nn.Module):
+        config = net.config
+
+        def get_image_features(self, *a, **k):
+            return features.projected(net.get_image_features(*a, **k))
+
+        def get_text_features(self, *a, **k):
+            return features.projected(net.get_text_features(*a, **k))
+
+    images = [torch.from_numpy(x).permute(2, 0, 1) for x in X]
+    want, n = theirs._clip_score_update(images, WORDS, Thin(), processor)
+    ours = clip_score(X, WORDS, model=model)
+    assert n == 6 and ours.value == pytest.approx(float(want.mean()), abs=1e-4)  # 1e-5 of the range of 100 cos
+    assert ours.low < ours.value < ours.high and ours.features.startswith("clip:")
+
+
+def test_both_conventions_of_transformers(model) -> None:
+    """transformers 4 gives tensors, 5 output objects with the projection in pooler_output."""
+    net, processor = model
+
+    class Four(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.config = net, net.config
+
+        def get_image_features(self, **k):
+            return features.projected(self.net.get_image_features(**k))
+
+        def get_text_features(self, **k):
+            return features.projected(self.net.get_text_features(**k))
+
+    assert clip_score(X, WORDS, model=(Four(), processor)).value == clip_score(X, WORDS, model=model).value
+
+
+@pytest.mark.parametrize("pad", [None, "!"])
+def test_padding_does_not_matter(tmp_path: Path, pad: str | None) -> None:
+    """Alone and beside a long prompt; pad token = end token (SD's CLIP-L) or token "!" (OpenCLIP-H)."""
+    model = tiny_clip(tmp_path, pad)
+    together = embed(model, WORDS)
+    for i, prompt in enumerate(WORDS):
+        assert torch.allclose(embed(model, [prompt])[0], together[i], atol=1e-5), prompt
+
+
+def test_batches_do_not_matter(model) -> None:
+    want = clip_score(X, WORDS, model=model).value
+    assert clip_score(X, WORDS, model=model, batch=1).value == pytest.approx(want, abs=1e-3)
+
+
+def test_long_prompts_keep_their_end_token(model) -> None:
+    """Cut input_ids lose it, and every long prompt gets one embedding; the tokenizer keeps it. They are counted."""
+    early = [LONG.format("red").replace("coat", thing) for thing in ("coat", "bag")]
+    text, truncated = clip.embed_text(*model, [*early, "shoe"])
+    assert truncated == 2
+    assert not torch.allclose(text[0], text[1], atol=1e-4)
+    ids = model[1].tokenizer(early, truncation=True, max_length=16)["input_ids"]
+    assert all(len(i) == 16 and i[-1] == model[1].tokenizer.eos_token_id for i in ids)
+    score = clip_score(X[:3], [*early, "shoe"], model=model)
+    assert score.details["prompts truncated"] == 2 and "prompts truncated: 2" in str(score)
+
+
+def test_uint8_goes_in(model) -> None:
+    """A float image in [0, 1] is brought to uint8 before the processor, which divides by 255 itself."""
+    as_float = torch.from_numpy(X).permute(0, 3, 1, 2).float() / 255
+    assert clip_score(as_float, WORDS, model=model).value == clip_score(X, WORDS, model=model).value
+    one = clip.clip_pixels(model[1], X[0])
+    mean, std = (
+        torch.tensor(v)[:, None, None]
+        for v in (model[1].image_processor.image_mean, model[1].image_processor.image_std)
+    )
+    want = (torch.from_numpy(X[0]).permute(2, 0, 1) / 255 - mean) / std
+    assert torch.allclose(one, want, atol=1e-5)
+
+
+def test_notes_and_warnings(model) -> None:
+    wide = np.concatenate([X, X], 2)
+    assert any("not square" in n for n in clip_score(wide, WORDS, model=model).notes)
+    assert any("enlarged" in n for n in clip_score(X[:, :16, :16], WORDS, model=model).notes)
+    score = clip_score(X[:4], WORDS, model=model)
+    assert any("4 images where 6 were expected" in w for w in score.warnings)
+    assert score.details["empty prompts"] == 1 and score.n_a == 4
+
+
+def test_image_i_has_prompt_i_mod_p(model) -> None:
+    two = clip_score(X, WORDS[:2], model=model)
+    assert two.value == pytest.approx(clip_score(X, WORDS[:2] * 3, model=model).value, abs=1e-5)
+    assert two.value != pytest.approx(clip_score(X, WORDS[1::-1], model=model).value, abs=1e-3)
+
+
+def test_variants(model) -> None:
+    """Not clamped, no logit scale; Hessel's prefix, weight and clamp."""
+    x, y = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[3.0, 0.0], [-1.0, 1.0]])
+    assert clip.pair_scores(x, y).tolist() == pytest.approx([100, -100 / 2**0.5])
+    assert clip.pair_scores(x, y, "hessel").tolist() == pytest.approx([2.5, 0])
+    got = clip_score(X, WORDS, model=model, variant="hessel")
+    images = features.extract(
+        open_images(X),
+        features.Features(
+            "",
+            None,
+            lambda i: clip.clip_pixels(model[1], i),
+            lambda p: features.projected(model[0].get_image_features(pixel_values=p)),
+        ),
+    ).values
+    text = embed(model, ["A photo depicts " + w for w in WORDS])
+    assert got.value == pytest.approx(float(clip.pair_scores(images, text, "hessel").mean()), abs=1e-5)
+    with pytest.raises(OptionError, match="cosine, hessel"):
+        clip_score(X, WORDS, model=model, variant="clamped")
+
+
+def test_r_precision() -> None:
+    """Own prompt nearest: 1; random: 1/(k + 1); equal embeddings are a miss; the draw is the same for every row."""
+    g = torch.Generator().manual_seed(0)
+    text = torch.randn(300, 32, generator=g)
+    own = np.arange(300)
+    assert clip.r_precision(text, text, own).all()
+    noise = torch.randn(300, 32, generator=g)
+    assert 0 < float(clip.r_precision(noise, text, own, 4).float().mean()) < 0.35
+    assert torch.equal(clip.r_precision(noise, text, own), clip.r_precision(noise, text, own))
+    assert not clip.r_precision(text[:1].expand(2, -1), text[:1].expand(2, -1), np.arange(2)).any()
+
+
+def test_skipped_images_are_refused(tmp_path: Path, model) -> None:
+    from PIL import Image
+
+    Image.fromarray(X[0]).save(tmp_path / "1.png")
+    (tmp_path / "2.png").write_bytes(b"no image")
+    with pytest.raises(OptionError, match="which prompt belongs"):
+        clip_score(open_images(tmp_path, unreadable="skip"), WORDS, model=model)
+    with pytest.raises(OptionError, match="takes no option 'unreadable'"):
+        clip_score(tmp_path, WORDS, model=model, unreadable="skip")
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    pairs = [(2, "b"), (1, "a, 1"), (2, "x")]
+    coco = json.dumps({"annotations": [{"image_id": i, "caption": c} for i, c in pairs]})
+    files = {
+        "p.txt": "a, 1\r\nb\n",
+        "p.csv": 'n,prompt\n1,"a, 1"\n2,b\n',
+        "p.tsv": "caption\tn\na, 1\t1\nb\t2\n",
+        "p.json": '["a, 1", "b"]',
+        "coco.json": coco,
+        "p.jsonl": '{"prompt": "a, 1"}\n"b"\n',
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text.encode())
+        assert read_prompts(tmp_path / name) == ["a, 1", "b"], name
+    (tmp_path / "gap.txt").write_text("a\n\nb\x0cc\n")
+    assert read_prompts(str(tmp_path / "gap.txt")) == ["a", "", "b\x0cc"]
+    bad = {
+        "empty.txt": (b"", "no prompts"),
+        "latin.txt": (b"a\nb\xe9\n", r"line 2: not UTF-8 \(byte 0xe9\)"),
+        "p2.csv": (b"text\na\n", "line 1: needs a column prompt or caption, it has text"),
+        "p2.json": (b'["a",\n', "line 2"),
+        "p3.json": (b"[1]", "neither a list of strings"),
+        "p2.jsonl": (b'"a"\n{"x": 1}\n', "line 2: neither"),
+        "p.docx": (b"", r"read from \.txt"),
+    }
+    for name, (data, message) in bad.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(OptionError, match=message):
+            read_prompts(tmp_path / name)
+    with pytest.raises(OptionError, match="cannot read prompts"):
+        read_prompts(tmp_path / "absent.txt")
+    with pytest.raises(OptionError, match="no prompts in the list"):
+        read_prompts([])
+    with pytest.raises(OptionError, match="prompt 1 is int"):
+        read_prompts(["a", 3])
