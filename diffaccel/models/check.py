@@ -22,6 +22,7 @@ from ..eval import frechet
 from . import data, encoders, words
 
 GUIDANCE = 4.0
+HARD_GUIDANCE = 7.5  # the default of Stable Diffusion: few calls suffer most
 BLOCK = 100  # images generated together
 SEED = 20_000  # image i starts from torch.Generator seed SEED + i
 GRID_CALLS = (3, 5, 8, 20, 100)
@@ -55,6 +56,7 @@ def cells(model: str) -> list[Cell]:
     if model == "tiny-flow":
         rows += [replace(main, calls=n, scheduler="stock") for n in (3, 5)]
     if model != "tiny-pixel":
+        rows += [replace(main_cell(model, n), guidance=HARD_GUIDANCE) for n in (5, 20)]
         rows.append(replace(main_cell(model, 20), guidance=1.0))
     return [*rows, main_cell(model, 100)]
 
@@ -199,11 +201,13 @@ def floors(meter: Meter, pipe, train: data.Split, test: data.Split, n: int, size
 
 
 def _difference(rows: dict, meter: Meter, a: str, b: str) -> dict:
-    d = frechet.paired(rows[a]["_features"], rows[b]["_features"], meter.reference)
+    """Paired FID difference over the images that both rows have."""
+    n = min(rows[a]["n"], rows[b]["n"])
+    d = frechet.paired(rows[a]["_features"][:n], rows[b]["_features"][:n], meter.reference)
     return {
         "a": a,
         "b": b,
-        "n": rows[a]["n"],
+        "n": n,
         "fid_a_minus_b": round(d.value, 4),
         "se": round(d.se, 4),
         "z": round(d.z, 2),
@@ -221,6 +225,9 @@ def _criteria(model: str, rows: dict, meter: Meter, real: dict) -> dict:
     out["b_dpm_solver_for_information"] = _difference(
         rows, meter, *(replace(main_cell(model, n), scheduler="dpm").name for n in (5, 20))
     )
+    if model != "tiny-pixel":
+        hard = (replace(main_cell(model, n), guidance=HARD_GUIDANCE).name for n in (5, 20))
+        out["b_hard_guidance_for_information"] = _difference(rows, meter, *hard)
     score = rows[key[20]]["clip_score"]
     low = None if model == "tiny-pixel" else rows[replace(main_cell(model, 20), guidance=1.0).name]["clip_score"]
     out["c_clip_score"] = {
@@ -253,17 +260,19 @@ def grid(model: str, pipe, file: Path, size: int = 32, zoom: int = 2) -> list[st
     return models.prompts(8, 0)
 
 
-def _measure_size(name: str, pipe, size: int, n: int, store: Path, splits: tuple[data.Split, data.Split]) -> dict:
-    """All rows of one image size."""
+def _measure_size(
+    name: str, pipe, size: int, n: int, n_teacher: int, store: Path, splits: tuple[data.Split, data.Split]
+) -> dict:
+    """All rows of one image size; the last, with the most calls, is the teacher of the others."""
     meter = Meter(size)
     meaning = torch.tensor([m for m, _ in words.draw(n, 0)])
     todo = cells(name) if size == 32 else [main_cell(name, k, 64) for k in (5, 20)]
-    images = {cell: cell_images(name, pipe, cell, n, store) for cell in todo}
-    rows = {cell.name: meter.measure(images[cell], meaning) for cell in todo}
-    best = todo[-1]  # most calls: the teacher of the others
+    best = todo[-1]
+    images = {cell: cell_images(name, pipe, cell, n_teacher if cell == best else n, store) for cell in todo}
+    rows = {cell.name: meter.measure(images[cell], meaning[: len(images[cell])]) for cell in todo}
     for cell in todo[:-1]:
         if cell.guidance == best.guidance:
-            p = encoders.psnr(images[cell], images[best])
+            p = encoders.psnr(images[cell][:n_teacher], images[best])
             rows[cell.name][f"psnr_to_{best.calls}_calls_db"] = round(float(p[p.isfinite()].mean()), 2)
     result: dict = {"floors": floors(meter, pipe, *splits, n, size)}
     if size == 32:
@@ -273,9 +282,9 @@ def _measure_size(name: str, pipe, size: int, n: int, store: Path, splits: tuple
     return {**result, "rows": {k: {a: b for a, b in r.items() if a != "_features"} for k, r in rows.items()}}
 
 
-def check(out: Path, data_dir: str, names: list[str], n: int, n_large: int = 0) -> dict:
-    """Measure `names` in OUT/weights on n images a cell (and n_large images of 64 pixels); writes OUT/check/<name>.json
-    and grids."""
+def check(out: Path, data_dir: str, names: list[str], n: int, n_large: int = 0, n_teacher: int | None = None) -> dict:
+    """Measure `names` in OUT/weights on n images a cell, n_teacher in the cell of 100 calls (default: n too),
+    n_large of 64 pixels; writes OUT/check/<name>.json and grids."""
     splits = data.load(data_dir, "train"), data.load(data_dir, "test")
     models._WEIGHTS = out / "weights"  # the models to be checked are not shipped yet
     results = {}
@@ -294,11 +303,12 @@ def check(out: Path, data_dir: str, names: list[str], n: int, n_large: int = 0) 
         for size, count in ((32, n), (64, 0 if name == "tiny-pixel" else n_large)):
             if count:
                 result[f"size_{size}"] = _measure_size(
-                    name, pipe, size, count, out / "check" / f"{name}-{digest}", splits
+                    name, pipe, size, count, min(count, n_teacher or n), out / "check" / f"{name}-{digest}", splits
                 )
         if "size_64" in result:
             grid(name, pipe, out / "check" / f"{name}-64.png", 64)
         result["seconds"] = round(time.time() - begin)
+        result["threads"] = torch.get_num_threads()
         (out / "check" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(result["size_32"]["criteria"], indent=1), flush=True)
         results[name] = result

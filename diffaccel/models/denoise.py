@@ -14,8 +14,8 @@ from .fit import Budget, _save, fit
 from .words import N_MEANINGS, TEMPLATES, all_captions
 
 SD = Budget(steps=5000, lr=1.5e-3, batch=48, warmup=200, ema=0.999, seed=4)
-FLOW = Budget(steps=4500, lr=1.5e-3, batch=48, warmup=100, ema=0.998, seed=5)
-PIXEL = Budget(steps=3000, lr=1.5e-3, batch=32, warmup=200, ema=0.999, seed=6)
+FLOW = Budget(steps=3800, lr=1.5e-3, batch=48, warmup=100, ema=0.998, seed=5)
+PIXEL = Budget(steps=1300, lr=1.5e-3, batch=32, warmup=200, ema=0.999, seed=6)
 MEAN_WEIGHT = 0.1  # see `epsilon_loss`
 SD_MEAN_FROM = 1700  # first step of `tiny-sd` with it: found to be needed while the shipped model trained
 DROP = 0.1  # share of empty prompts, for classifier-free guidance

@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--device", default="cpu")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--images", type=int, default=5000, help="check: images per cell")
+    p.add_argument("--teacher-images", type=int, help="check: images of the 100-call cell; default: --images")
     p.add_argument("--images-64", type=int, default=500, help="check: images per cell of 64 pixels")
     p.add_argument("--models", nargs="+", default=["tiny-sd", "tiny-flow", "tiny-pixel"], help="check: which models")
     args = p.parse_args(argv)
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.part == "check":
             from .check import check
 
-            check(Path(args.out), args.data, args.models, args.images, args.images_64)
+            check(Path(args.out), args.data, args.models, args.images, args.images_64, args.teacher_images)
         elif args.part == "ship":
             export.ship(Path(args.out), Path(__file__).parent / "weights")
         else:
