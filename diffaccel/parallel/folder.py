@@ -53,10 +53,11 @@ class Folder:
         """
         with self.writing():
             self.root.mkdir(parents=True, exist_ok=True)
-            if not self.manifest.exists():
-                # a run that was killed before it wrote its recipe may have left the unfinished file of it
-                if any(not p.name.endswith(".tmp") for p in self.root.iterdir()):
-                    raise FolderError(f"{self.root} is not empty and has no {self.manifest.name}: choose a new folder")
+            # a run that was killed before it wrote its recipe may have left the unfinished file of it
+            if not self.manifest.exists() and any(not p.name.endswith(".tmp") for p in self.root.iterdir()):
+                raise FolderError(f"{self.root} is not empty and has no {self.manifest.name}: choose a new folder")
+            # a recipe that failed before its first image binds nobody
+            if not self.manifest.exists() or not any(self.root.glob("*/*.png")):
                 text = json.dumps({"recipe": recipe, "environment": environment}, indent=1, ensure_ascii=False)
                 self.replace(self.manifest, (text + "\n").encode())
         before = self.read()

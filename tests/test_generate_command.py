@@ -1,0 +1,208 @@
+"""The command in one process: schedulers by name, counted calls, and what is wrong in a command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffaccel import painter
+from diffaccel.cli import main
+from diffaccel.errors import DiffaccelError, OptionError, RunError
+from diffaccel.parallel.generate import tasks_for
+from diffaccel.testing.pipelines import build
+
+SIZE = {"height": 32, "width": 32}
+TASKS = tasks_for(["a red fox", "a blue coat"])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    build("sd15").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def command(model, tmp_path):
+    """The arguments of a run that works; `{key: value}` changes options, None drops one."""
+    (tmp_path / "prompts.txt").write_text("a red fox\na blue coat\n", encoding="utf-8")
+    given = {"prompts": tmp_path / "prompts.txt", "out": tmp_path / "out", "calls": 3, "batch": 2, **SIZE}
+
+    def make(changes: dict, *more: str, which: object = model) -> list[str]:
+        options = {k: v for k, v in {**given, **changes}.items() if v is not None}
+        return ["generate", str(which), "--cpu", *(f"--{k}={v}" for k, v in options.items()), *more]
+
+    return make
+
+
+# ---------------------------------------------------------------------- calls
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("sd15", {"guidance_scale": 4.0, **SIZE}),
+        ("sdxl", {**SIZE}),
+        ("sd3", {"guidance_scale": 4.0, "max_sequence_length": 16, **SIZE}),
+        ("flux", {"max_sequence_length": 16, **SIZE}),  # its grid needs mu, which only the pipeline knows
+        ("qwen_image", {"negative_prompt": " ", "true_cfg_scale": 2.0, **SIZE}),  # guidance in two passes
+    ],
+)
+def test_calls_are_exact_and_images_depend_on_their_seed_alone(name, options):
+    pipe = build(name)
+    both = painter.Painter(pipe, 4, options)(TASKS)
+    assert both.calls == 4 and both.images.shape == (2, 32, 32, 3)
+    again = painter.Painter(pipe, 4, options)(TASKS)
+    assert np.array_equal(both.images, again.images)
+    other = painter.Painter(pipe, 4, options)(tasks_for(["a red fox", "a blue coat"], [0, 9]))
+    assert np.array_equal(both.images[0], other.images[0]) and not np.array_equal(both.images[1], other.images[1])
+
+
+def test_class_labels():
+    found = painter.Painter(build("dit"), 3, {})(tasks_for(["1", "2"]))
+    assert found.calls == 3 and len(found.images) == 2
+    with pytest.raises(OptionError, match="must be a number, got 'a fox'"):
+        painter.Painter(build("dit"), 3, {})(tasks_for(["a fox"]))
+
+
+@pytest.mark.parametrize("scheduler, calls, steps", [("PNDMScheduler", 5, 4), ("HeunDiscreteScheduler", 5, 3)])
+def test_schedulers_that_make_more_calls_than_steps(scheduler, calls, steps):
+    pipe = build("sd15")
+    pipe.scheduler = painter.scheduler_for(pipe.scheduler.config, type(pipe.scheduler), scheduler, {})
+    made = painter.Painter(pipe, calls, SIZE)
+    assert made.steps == steps and made(TASKS).calls == calls
+
+
+def test_a_budget_that_cannot_be_met():
+    pipe = build("sd15")
+    pipe.scheduler = painter.scheduler_for(pipe.scheduler.config, type(pipe.scheduler), "HeunDiscreteScheduler", {})
+    with pytest.raises(OptionError, match=r"cannot spend exactly 4 model calls; nearby it can make 3 \(2 steps\)"):
+        painter.Painter(pipe, 4, SIZE)
+
+
+def test_a_wrong_count_is_an_error():
+    made = painter.Painter(build("sd15"), 4, SIZE)
+    made.steps = 4  # PNDM makes one more
+    with pytest.raises(RunError, match="asked for 4 model calls an image and made 5"):
+        made(TASKS)
+
+
+def test_every_pass_can_be_interrupted():
+    seen = []
+    painter.Painter(build("sd15"), 3, SIZE, lambda: seen.append(1))(TASKS)
+    assert len(seen) == 3
+
+
+# ---------------------------------------------------------------------- schedulers by name
+@pytest.mark.parametrize(
+    "name, options, kind",
+    [
+        (None, {}, "PNDMScheduler"),
+        ("unipc", {"order": 3}, "TableScheduler"),
+        ("UniPCScheduler", {"order": 2}, "UniPCScheduler"),
+        ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}, "EulerDiscreteScheduler"),
+    ],
+)
+def test_scheduler_names(name, options, kind):
+    pipe = build("sd15")
+    found = painter.scheduler_for(pipe.scheduler.config, type(pipe.scheduler), name, options)
+    assert type(found).__name__ == kind
+    shown = painter.plain_config(found)
+    assert all(shown.get(k, (shown.get("sampler_options") or {}).get(k)) == v for k, v in options.items())
+    assert json.loads(json.dumps(shown)) == shown
+    assert painter.scheduler_name(found).startswith(kind)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("unipcc", {}, "unknown scheduler 'unipcc'. Did you mean 'unipc'?"),
+        ("EulerDiscretScheduler", {}, "Did you mean 'EulerDiscreteScheduler'?"),
+        ("unipc", {"ordre": 3}, "ordre"),
+        ("EulerDiscreteScheduler", {"order": 3}, "EulerDiscreteScheduler takes no option 'order'"),
+    ],
+)
+def test_wrong_schedulers(name, options, message):
+    pipe = build("sd15")
+    with pytest.raises(OptionError) as error:
+        painter.scheduler_for(pipe.scheduler.config, type(pipe.scheduler), name, options)
+    assert message in str(error.value)
+
+
+def test_pipelines_that_generate_cannot_drive():
+    with pytest.raises(OptionError, match="takes neither prompts nor class labels"):
+        painter.Painter(build("ddpm"), 3, {})
+    with pytest.raises(OptionError, match=r"takes no option 'guidance'.*Did you mean"):
+        painter.Painter(build("sd15"), 3, {"guidance": 3})
+    with pytest.raises(OptionError, match="not images"):
+        painter.Painter(build("wan"), 2, {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16})(TASKS)
+
+
+def test_a_fingerprint_sees_one_changed_weight():
+    pipe = build("sd15")
+    before = painter.fingerprint(pipe)
+    assert painter.fingerprint(build("sd15")) == before != painter.fingerprint(build("sd15", seed=1))
+    with torch.no_grad():
+        next(pipe.vae.parameters()).view(-1)[0] += 1
+    assert painter.fingerprint(pipe) != before
+
+
+# ---------------------------------------------------------------------- the command
+def test_a_run_and_its_status(command, tmp_path, capsys):
+    given = command(
+        {"seeds": "5-8", "scheduler": "unipc", "guidance": 4}, "--option", "order=3", "--option", "grid=mid"
+    )
+    assert main(given) == 0
+    said = capsys.readouterr()
+    assert "is complete: 4 images; 4 made now" in said.out and "1 process on cpu" in said.err
+    recipe = json.loads((tmp_path / "out" / "manifest.json").read_text())["recipe"]
+    assert recipe["scheduler"]["config"]["sampler_options"] == {"order": 3}
+    assert recipe["call"] == {"guidance_scale": 4.0, **SIZE} and recipe["calls"] == 3
+    assert main(["generate", "--status", str(tmp_path / "out")]) == 0
+    (tmp_path / "out" / "000000" / "000002.png").unlink()
+    assert main(["generate", "--status", str(tmp_path / "out"), "--verify", "full"]) == 1
+    assert "3 of 4 images done, 0 missing, 1 damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes, more, message",
+    [
+        ({"prompts": None, "calls": None}, (), "generate needs --prompts, --calls"),
+        ({"prompts": "nowhere.txt"}, (), "nowhere.txt: cannot read the prompts"),
+        ({"seeds": "9-3"}, (), "runs backwards"),
+        ({"seeds": "7"}, (), "the last 1 prompts would never be used"),
+        ({"batch": 0}, (), "batch = 0"),
+        ({"calls": 0}, (), "1 model call or more, got 0"),
+        ({"threads": 0}, (), "--threads is 1 or more"),
+        ({"processes": 2}, (), "--processes 2 was asked for but 1 run"),
+        ({"dtype": "float23"}, (), "unknown dtype 'float23'. Did you mean"),
+        ({"verify": "hard"}, (), "verify is 'fast'"),
+        ({"scheduler": "unipcc"}, (), "Did you mean 'unipc'"),
+        ({}, ("--option", "order"), "--option is written key=value, got 'order'"),
+        ({}, ("--call", "eta=0", "--call", "eta=1"), "--call eta is given twice"),
+        ({}, ("--call", "etta=0"), "takes no option 'etta'. Did you mean 'eta'"),
+        ({"height": 33}, (), "divisible by 8"),
+    ],
+)
+def test_wrong_commands(command, tmp_path, capsys, changes, more, message):
+    assert main(command(changes, *more)) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_wrong_model(command, capsys):
+    assert main(command({}, which="no/such-model-here")) == 2
+    assert "cannot load the model 'no/such-model-here'" in capsys.readouterr().err
+
+
+def test_values_of_options():
+    from diffaccel.generate_command import _options
+
+    texts = ["a=1", "b=0.5", "c=true", "d=None", "e=karras", "f=[1, 2]", "g=x=y", "h="]
+    found = {"a": 1, "b": 0.5, "c": True, "d": None, "e": "karras", "f": [1, 2], "g": "x=y", "h": ""}
+    assert _options(texts, "--option") == found
+    with pytest.raises(DiffaccelError):
+        _options(["=1"], "--option")
