@@ -25,8 +25,8 @@ import torch
 
 from ..errors import OptionError, no_leftover
 from . import frechet
-from .features import DEFAULT, Extracted, canonical, embedded, extract, get
-from .images import open_images
+from .features import DEFAULT, canonical, embedded, extract, get
+from .images import Images, open_images
 
 VERSION = 1
 GIVEN = "given features"  # id of plain feature arrays that nobody named
@@ -217,17 +217,19 @@ def stats(
     keep = bool(reading.pop("keep_features", False))
     no_leftover("stats", reading, [*_READING, "keep_features"])
     name = features if isinstance(features, str) else None
-    found = known(source, name) or _from_images(source, features, weights, reading)
+    found = known(source, name) or _measure(_open(source, reading), features, weights, reading)
     if out is not None:
         found.save(out, keep_features=keep)
     return found
 
 
-def _from_images(source: Any, features: Any, weights: Any, reading: dict[str, Any]) -> Stats:
-    opening = {k: reading[k] for k in ("alpha", "unreadable") if k in reading}
-    images = open_images(source, **opening)
+def _open(source: Any, reading: dict[str, Any]) -> Images:
+    return open_images(source, **{k: reading[k] for k in ("alpha", "unreadable") if k in reading})
+
+
+def _measure(images: Images, features: Any, weights: Any, reading: dict[str, Any]) -> Stats:
     net = get(features, weights)
-    got: Extracted = extract(images, net, **{k: v for k, v in reading.items() if k not in opening})
+    got = extract(images, net, **{k: v for k, v in reading.items() if k not in ("alpha", "unreadable")})
     return Stats(
         images.id,
         net.id,
@@ -247,19 +249,22 @@ def pair(
     the default. Raises OptionError where they differ or cannot be told. `expected` counts for `a` only."""
     no_leftover("a metric", reading, _READING)
     name = features if isinstance(features, str) or features is None else getattr(features, "id", None)
-    sides = [known(x, name, kernel) for x in (a, b)]
+    # both are opened before either is measured: a wrong path is told at once
+    sides = [known(x, name, kernel) or _open(x, reading) for x in (a, b)]
     for side in sides:
-        if side is not None and side.features is None:
+        if isinstance(side, Stats) and side.features is None:
             raise OptionError(
                 f"{side.name} does not tell its features: name them with features=... (--features), for example "
                 "inception-v3:torch for a file of pytorch-fid, inception-v3:tf for one of ADM or EDM, "
                 "inception-v3:clean for clean-fid"
             )
-    ids = {s.features for s in sides if s is not None}
+    ids = {s.features for s in sides if isinstance(s, Stats)}
     if features is None:
         features = next(iter(ids - {GIVEN}), DEFAULT)
     options = [reading, {k: v for k, v in reading.items() if k != "expected"}]
-    left, right = (side or _from_images(x, features, weights, o) for side, x, o in zip(sides, (a, b), options))
+    left, right = (
+        side if isinstance(side, Stats) else _measure(side, features, weights, o) for side, o in zip(sides, options)
+    )
     if left.features != right.features:
         raise OptionError(
             f"different features: {left.name} has {left.features!r}, {right.name} has {right.features!r}; "
