@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import OptionError, no_leftover, one_of
-from .features import Features, canonical, clip_model, clip_pixels, extract, projected
+from .features import canonical, clip_features, clip_model, extract, projected
 from .images import open_images
 from .prompts import read_prompts
 from .score import Score, interval
@@ -92,11 +91,7 @@ def clip_score(
     given = read_prompts(prompts)
     net, processor = clip_model(model) if isinstance(model, str) else model
     id = canonical(f"clip:{model if isinstance(model, str) else getattr(net, 'name_or_path', '') or 'given model'}")
-    network = Features(
-        id, None, functools.partial(clip_pixels, processor), lambda x: projected(net.get_image_features(pixel_values=x))
-    )
-    net.to(reading.get("device", "cpu"))
-    got = extract(source, network, **{"expected": len(given), **reading})
+    got = extract(source, clip_features(id, net, processor), **{"expected": len(given), **reading})
     unique = list(dict.fromkeys(given))
     own = np.array([unique.index(p) for p in given])[np.arange(len(source)) % len(given)]
     prefix = HESSEL_PREFIX if variant == "hessel" else ""

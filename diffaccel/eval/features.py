@@ -39,12 +39,14 @@ class Features:
 
     id: its name with the resize in it, written in every score. dim: width d (None: known after the first batch).
     prepare: uint8 (H, W, 3) array -> one input of the net; this is where resizing lives. net: batch -> (N, d).
+    module: what is moved to the device, where `net` itself is no module.
     """
 
     id: str
     dim: int | None
     prepare: Callable[[np.ndarray], torch.Tensor]
     net: Callable[[torch.Tensor], torch.Tensor]
+    module: torch.nn.Module | None = None
 
     @property
     def is_inception(self) -> bool:
@@ -138,10 +140,16 @@ def clip_pixels(processor: Any, image: np.ndarray) -> torch.Tensor:
 
 def _clip(id: str, model: str) -> Features:
     net, processor = clip_model(model)
-    dim = int(net.config.projection_dim)
-    return Features(
-        id, dim, functools.partial(clip_pixels, processor), lambda x: projected(net.get_image_features(pixel_values=x))
-    )
+    return clip_features(id, net, processor)
+
+
+def clip_features(id: str, net: Any, processor: Any) -> Features:
+    """The image half of a CLIPModel."""
+
+    def embed(pixels: torch.Tensor) -> torch.Tensor:
+        return projected(net.get_image_features(pixel_values=pixels))
+
+    return Features(id, int(net.config.projection_dim), functools.partial(clip_pixels, processor), embed, net)
 
 
 @dataclass(frozen=True)
@@ -170,8 +178,9 @@ def extract(
 
     expected: how many images there should be (prompts or seeds); fewer is a warning in the score.
     """
-    if isinstance(features.net, torch.nn.Module):
-        features.net.to(device)
+    for module in (features.net, features.module):
+        if isinstance(module, torch.nn.Module):
+            module.to(device)
     store: np.ndarray | None = None
     sizes: Counter[tuple[int, int]] = Counter()
     digests: set[bytes] = set()

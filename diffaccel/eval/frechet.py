@@ -58,6 +58,20 @@ def from_features(features: Array) -> Statistics:
     return Statistics(mean, r.T / (len(x) - 1) ** 0.5, len(x))
 
 
+def merge(*parts: Statistics) -> Statistics:
+    """Statistics of all samples together from those of their parts (shards, processes), equal to the one-pass result
+    up to rounding: the factors and the distances of the means (Chan's update) are stacked, never subtracted."""
+    counts = [p.n for p in parts if p.n is not None]
+    if not parts or len(counts) < len(parts):
+        raise ValueError("only statistics that know their number of samples can be merged")
+    n = sum(counts)
+    mean = torch.stack([p.mean * (k / n) for p, k in zip(parts, counts)]).sum(0)
+    rows = [p.factor.T * (k - 1) ** 0.5 for p, k in zip(parts, counts)]
+    apart = [((p.mean - mean) * k**0.5)[None] for p, k in zip(parts, counts)]
+    r = torch.linalg.qr(torch.cat(rows + apart), mode="r").R
+    return Statistics(mean, r.T / (n - 1) ** 0.5, n)
+
+
 def from_moments(mu: Array, sigma: Array, n: int | None = None) -> Statistics:
     """Statistics of a stored mean (d,) and covariance (d, d), checked: asymmetry or negative eigenvalues mean a corrupt
     file."""

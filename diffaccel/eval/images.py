@@ -17,12 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..errors import DiffaccelError, OptionError, one_of
 from .pixels import ALPHA, ImageError, from_item, is_channels_first
 
 SUFFIXES = (".bmp", ".jpg", ".jpeg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _LISTED = 10  # unreadable files that an error names
+# what libraries raise for broken or absurdly large files
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
 
 
 class Images:
@@ -48,7 +51,7 @@ class Images:
             return from_item(self._item(i), self._alpha)
         except ImageError as error:
             raise ImageError(f"{self.names[i]} of {self.id}: {error}") from None
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error) as error:  # what broken files raise
+        except _BROKEN as error:
             raise ImageError(f"{self.names[i]} of {self.id}: {error or type(error).__name__}") from error
 
     def _try(self, i: int) -> np.ndarray | ImageError:
@@ -99,9 +102,9 @@ def open_images(source: Any, *, alpha: str | None = None, unreadable: str = "err
 
     source: a folder (recursive: bmp jpg jpeg png ppm tif tiff webp, sorted by relative POSIX path with numbers by
       value); a zip of such files; an .npz or .npy (`arr_0` or the only 4-D array; NHWC, or NCHW where shape[1] is 1 or
-      3 and shape[3] is not); a NumPy array of that form; a tensor NCHW; a list of PIL images; any object with `__len__`
-      and `__getitem__` whose items are images, tuples that begin with one, or dicts with the key "image". Arrays are
-      uint8, or float in [0, 1], rounded as diffusers does.
+      3 and shape[3] is not); a NumPy array of that form; a tensor NCHW; a list of PIL images or files; any object with
+      `__len__` and `__getitem__` whose items are images, tuples that begin with one, or dicts with the key "image".
+      Arrays are uint8, or float in [0, 1], rounded as diffusers does.
     alpha: what shows through transparent pixels: "white", "black", or "drop" (the colour stored under them). None:
       an image that is transparent anywhere is an error.
     unreadable: "error", or "skip": leave such files out and say so in the score.
@@ -114,7 +117,7 @@ def open_images(source: Any, *, alpha: str | None = None, unreadable: str = "err
         images = _open(source, alpha)
     except DiffaccelError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _BROKEN as error:
         raise ImageError(f"cannot read {source}: {error}") from None
     if not len(images):
         raise ImageError(f"{images.id} holds no images (files that count: {' '.join(s[1:] for s in SUFFIXES)})")
@@ -129,8 +132,9 @@ def _open(source: Any, alpha: str | None) -> Images:
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _open_array(source, f"{type(source).__name__}{tuple(source.shape)}", alpha)
     if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, (bytes, dict)):
-        n = len(source)
-        return Images(f"{type(source).__name__} of {n}", [f"item {i}" for i in range(n)], source.__getitem__, alpha)
+        paths = source if isinstance(source, (list, tuple)) else [None] * len(source)
+        names = [str(x) if isinstance(x, (str, Path)) else f"item {i}" for i, x in enumerate(paths)]
+        return Images(f"{type(source).__name__} of {len(names)}", names, source.__getitem__, alpha)
     raise OptionError(
         f"cannot read images from {type(source).__name__}: give a folder, zip, .npz, .npy, array, tensor, "
         "list of PIL images or a data set"

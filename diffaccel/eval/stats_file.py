@@ -105,6 +105,8 @@ class Stats:
             with partial.open("wb") as file:
                 np.savez(file, **arrays)
             partial.replace(path)
+        except OSError as error:
+            raise OptionError(f"cannot write {path}: {error.strerror or error}") from None
         finally:
             partial.unlink(missing_ok=True)
         return path

@@ -97,7 +97,7 @@ def test_uint8_goes_in(model) -> None:
     """A float image in [0, 1] is brought to uint8 before the processor, which divides by 255 itself."""
     as_float = torch.from_numpy(X).permute(0, 3, 1, 2).float() / 255
     assert clip_score(as_float, WORDS, model=model).value == clip_score(X, WORDS, model=model).value
-    one = clip.clip_pixels(model[1], X[0])
+    one = features.clip_pixels(model[1], X[0])
     mean, std = (
         torch.tensor(v)[:, None, None]
         for v in (model[1].image_processor.image_mean, model[1].image_processor.image_std)
@@ -127,15 +127,7 @@ def test_variants(model) -> None:
     assert clip.pair_scores(x, y).tolist() == pytest.approx([100, -100 / 2**0.5])
     assert clip.pair_scores(x, y, "hessel").tolist() == pytest.approx([2.5, 0])
     got = clip_score(X, WORDS, model=model, variant="hessel")
-    images = features.extract(
-        open_images(X),
-        features.Features(
-            "",
-            None,
-            lambda i: clip.clip_pixels(model[1], i),
-            lambda p: features.projected(model[0].get_image_features(pixel_values=p)),
-        ),
-    ).values
+    images = features.extract(open_images(X), features.clip_features("c", *model)).values
     text = embed(model, ["A photo depicts " + w for w in WORDS])
     assert got.value == pytest.approx(float(clip.pair_scores(images, text, "hessel").mean()), abs=1e-5)
     with pytest.raises(OptionError, match="cosine, hessel"):

@@ -60,6 +60,18 @@ def test_large_mean_costs_no_digits() -> None:
     assert frechet.fid(x + 1e6, y + 1e6) == pytest.approx(frechet.fid(x, y), rel=1e-8)
 
 
+@pytest.mark.parametrize("sizes", [(30, 50), (3, 5, 9, 2), (60,)])
+def test_merged_shards_equal_one_pass(sizes: tuple[int, ...]) -> None:
+    x, y = law(np.random.default_rng(5), sum(sizes), 2.0) + 1e4, law(np.random.default_rng(6), 40) + 1e4
+    shards = np.split(x, np.cumsum(sizes)[:-1])
+    merged, whole = frechet.merge(*map(frechet.from_features, shards)), frechet.from_features(x)
+    assert merged.n == len(x)
+    assert torch.allclose(merged.covariance, whole.covariance, rtol=1e-9, atol=1e-9)
+    assert frechet.fid(merged, y) == pytest.approx(frechet.fid(x, y), rel=1e-9)
+    with pytest.raises(ValueError, match="number of samples"):
+        frechet.merge(merged, frechet.Statistics(merged.mean, merged.factor))
+
+
 def test_influence_is_the_derivative() -> None:
     """Against finite differences of the FID of weighted samples: weight 1 + e on sample i, covariance divided by the
     sum of weights, as `influence` counts."""

@@ -60,6 +60,7 @@ def sources(tmp: Path) -> dict[str, object]:
         "dicts": [{"image": t, "label": 0} for t in chw],
         "data set": torch.utils.data.TensorDataset(chw),
         "arrays": list(X),
+        "files": [f / f"{i}.png" for i in range(12)],
     }
 
 

@@ -93,3 +93,27 @@ def test_contradictions_and_broken_files(tmp_path: Path) -> None:
         stats(Y, tmp_path / "y.pkl", features=Pooled())
     with pytest.raises(OptionError, match="takes no option 'keep'"):
         stats(Y, features=Pooled(), keep=True)
+
+
+def test_two_files_of_different_features(tmp_path: Path) -> None:
+    class Other(Pooled):
+        id = "other"
+
+    stats(X, tmp_path / "x.npz", features=Pooled())
+    stats(Y, tmp_path / "y.npz", features=Other())
+    with pytest.raises(OptionError, match=r"different features: .*x\.npz has 'pooled', .*y\.npz has 'other'"):
+        fid(tmp_path / "x.npz", tmp_path / "y.npz")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stats(X, tmp_path / "x.npz", features=Pooled())
+    before = (tmp_path / "x.npz").read_bytes()
+
+    def full(file, **arrays: object) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stats_file.np, "savez", full)
+    with pytest.raises(OptionError, match=r"cannot write .*x\.npz: No space left"):
+        stats(Y, tmp_path / "x.npz", features=Pooled())
+    assert (tmp_path / "x.npz").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
