@@ -51,10 +51,12 @@ def run(args: argparse.Namespace) -> int:
     missing = [*([] if args.model else ["MODEL"]), *missing]
     if missing:
         raise OptionError(f"generate needs {', '.join(missing)}; see diffaccel generate --help")
+    if args.threads < 1:
+        raise OptionError(f"--threads is 1 or more, got {args.threads}")
     from .parallel.world import WorldError, open_world
 
     try:
-        world = open_world(cpu=args.cpu)
+        world = open_world(cpu=args.cpu, threads=args.threads)
     except WorldError as error:
         if error.told:
             return 2
@@ -102,9 +104,6 @@ def _generate(args: argparse.Namespace, world: World) -> Report:
     for key, value in (("guidance_scale", args.guidance), ("height", args.height), ("width", args.width)):
         if value is not None:
             call[key] = value
-    if args.threads < 1:
-        raise OptionError(f"--threads is 1 or more, got {args.threads}")
-    torch.set_num_threads(args.threads)  # the bits of a sum may depend on it, so it must not depend on the launcher
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     import diffusers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from diffaccel import painter
 from diffaccel.cli import main
 from diffaccel.errors import DiffaccelError, OptionError, RunError
-from diffaccel.parallel.generate import tasks_for
+from diffaccel.parallel.generate import tasks_for, to_pixels
 from diffaccel.testing.pipelines import build
 
 SIZE = {"height": 32, "width": 32}
@@ -87,6 +88,15 @@ def test_a_wrong_count_is_an_error():
     made.steps = 4  # PNDM makes one more
     with pytest.raises(RunError, match="asked for 4 model calls an image and made 5"):
         made(TASKS)
+
+
+@pytest.mark.parametrize("scheduler", ["unipc", "EulerDiscreteScheduler"])
+def test_a_nan_is_counted_and_does_not_end_the_run(scheduler):
+    pipe = build("sd15")
+    pipe.unet.conv_out.bias.fill_(float("nan"))
+    pipe.scheduler = painter.scheduler_for(pipe.scheduler.config, type(pipe.scheduler), scheduler, {})
+    images = painter.Painter(pipe, 3, SIZE)(TASKS).images
+    assert [to_pixels(image)[1] for image in images] == ["nan", "nan"]
 
 
 def test_every_pass_can_be_interrupted():
@@ -191,6 +201,14 @@ def test_wrong_commands(command, tmp_path, capsys, changes, more, message):
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_the_example(model, tmp_path, capsys, monkeypatch):
+    script = Path(__file__).resolve().parents[1] / "examples" / "multi_gpu_generate.py"
+    options = ["--model", str(model), "--images", "3", "--calls", "2", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", [str(script), *options])
+    runpy.run_path(str(script), run_name="__main__")
+    assert "3 made now by 1 process(es)" in capsys.readouterr().out
 
 
 def test_a_wrong_model(command, capsys):

@@ -41,7 +41,10 @@ class WorldError(DiffaccelError, RuntimeError):
 
 
 class World(Protocol):
-    """The processes that work together. Every method may raise `WorldError`."""
+    """The processes that work together. Every method may raise `WorldError`.
+
+    As a context it is left at the end, and an error inside ends the work of all ranks: `with open_world() as world:`.
+    """
 
     rank: int
     size: int
@@ -78,8 +81,24 @@ class World(Protocol):
     def close(self) -> None:
         """Leave. The last thing a rank does."""
 
+    def __enter__(self) -> World: ...
 
-class SoloWorld:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None: ...
+
+
+class _Context:
+    """`with world:` of a `World`."""
+
+    def __enter__(self: Any) -> Any:
+        return self
+
+    def __exit__(self: Any, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self.abort(_line(error))
+        self.close()
+
+
+class SoloWorld(_Context):
     """One process: every message is the identity."""
 
     rank = 0
@@ -114,18 +133,27 @@ class SoloWorld:
         return
 
 
-class DistWorld:
+class DistWorld(_Context):
     """Processes started by torchrun, accelerate launch or srun; opened by `open_world`.
 
     Args:
         rank, size, device: of this process.
         connect: makes one connection to the store; the heartbeat has its own, because a connection serves one thread.
         timeout: seconds without a sign of a rank after which it counts as gone.
+        leave: called when this rank is done.
     """
 
     def __init__(
-        self, rank: int, size: int, device: torch.device, connect: Callable[[], Any], *, timeout: float = TIMEOUT
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        connect: Callable[[], Any],
+        *,
+        timeout: float = TIMEOUT,
+        leave: Callable[[], None] = lambda: None,
     ) -> None:
+        self._leave = leave
         self.rank, self.size, self.device, self.timeout = rank, size, device, timeout
         self._store, self._pulse = connect(), connect()
         self._calls = count()
@@ -197,8 +225,7 @@ class DistWorld:
             self._until(lambda: self._store.set(f"left/{self.rank}", "") is None, 0.0)
         self._over.set()
         self._thread.join()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        self._leave()
 
     # ------------------------------------------------------------------ waiting
     def _receive(
@@ -251,11 +278,14 @@ class DistWorld:
             return
 
 
-def open_world(*, cpu: bool = False, timeout: float = TIMEOUT) -> World:
+def open_world(*, cpu: bool = False, threads: int = 1, timeout: float = TIMEOUT) -> World:
     """The world that this process was launched into: torchrun, accelerate launch, srun, or plain python (alone).
+
+    Open it once a process: a process group cannot be joined again.
 
     Args:
         cpu: stay on the CPU even where there is a GPU.
+        threads: of torch in each process. Launchers set different numbers, and sums may round differently on them.
         timeout: seconds for the ranks to meet, and without a sign of life from one.
 
     Raises:
@@ -269,8 +299,10 @@ def open_world(*, cpu: bool = False, timeout: float = TIMEOUT) -> World:
     options: dict[str, Any] = {"cpu": cpu}
     if size > 1:
         _enough_devices(cpu)
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # else accelerate warns; the command sets its threads itself
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # else accelerate chooses
         options |= {"timeout": timedelta(seconds=timeout), **({"backend": "gloo"} if cpu else {})}
+    distributed: Any = torch.distributed
+    mine = distributed.is_available() and not distributed.is_initialized()
     try:
         state = PartialState(**options)
     except (RuntimeError, ValueError) as error:  # torch's DistNetworkError and DistStoreError are RuntimeErrors
@@ -281,9 +313,15 @@ def open_world(*, cpu: bool = False, timeout: float = TIMEOUT) -> World:
             f"{size} processes were launched but accelerate sees {state.num_processes} on device {state.device}; "
             "pass --cpu if this device cannot be shared"
         )
+    torch.set_num_threads(threads)
+
+    def leave() -> None:
+        if mine and distributed.is_initialized():
+            distributed.destroy_process_group()
+
     if size == 1:
+        leave()  # torchrun with one process opens a group for it
         return SoloWorld(state.device)
-    distributed: Any = torch.distributed
     prefix = f"diffaccel/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_worlds)}"
 
     def connect() -> Any:
@@ -291,7 +329,7 @@ def open_world(*, cpu: bool = False, timeout: float = TIMEOUT) -> World:
         store = distributed.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
         return distributed.PrefixStore(prefix, store)
 
-    return DistWorld(state.process_index, state.num_processes, state.device, connect, timeout=timeout)
+    return DistWorld(state.process_index, state.num_processes, state.device, connect, timeout=timeout, leave=leave)
 
 
 def same_on_all(world: World, what: str, values: dict[str, Any]) -> None:
