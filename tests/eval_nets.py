@@ -49,3 +49,23 @@ def tiny_clip(folder: Path, pad: str | None = None):
     model = CLIPModel(config).eval().requires_grad_(False)
     image = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     return model, CLIPProcessor(image_processor=image, tokenizer=tokenizer)
+
+
+def inception_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights for FID's Inception that NumPy draws, key by key in sorted order, so that another project's module can be
+    given the same ones."""
+    from diffaccel.eval.inception import Inception
+
+    rng, state = np.random.default_rng(seed), {}
+    for key, old in sorted(Inception().state_dict().items()):
+        x = rng.standard_normal(old.shape) if old.ndim else np.zeros(())
+        if key.endswith("running_var"):
+            x = 0.5 + x**2
+        elif key.endswith("bn.weight"):
+            x = 1 + 0.1 * x
+        elif old.ndim > 1:
+            x = x * (2 / x[0].size) ** 0.5
+        else:
+            x = 0.1 * x
+        state[key] = torch.from_numpy(np.asarray(x)).to(old.dtype)
+    return state

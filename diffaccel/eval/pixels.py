@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from ..errors import DiffaccelError
 
 ALPHA = ("white", "black", "drop")
+_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _TOLERANCE = 1e-3  # how far outside [0, 1] rounding errors of a decoder may lead
 
 
@@ -83,7 +84,7 @@ def from_pil(image: Image.Image, alpha: str | None = None) -> np.ndarray:
         return from_array(np.asarray(image))
     if image.mode.startswith("I"):
         return from_array(_sixteen_bit(np.asarray(image)))
-    if not image.has_transparency_data:
+    if image.mode not in _WITH_ALPHA and "transparency" not in image.info:
         return np.asarray(image.convert("RGB"))
     image = image.convert("RGBA")
     if alpha is None and image.getchannel("A").getextrema()[0] != 255:

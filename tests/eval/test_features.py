@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval_nets import Pooled, coloured, tiny_clip
+from eval_nets import Pooled, coloured, inception_state, tiny_clip
 
 from diffaccel.errors import OptionError
 from diffaccel.eval import features, fid, inception, open_images
@@ -51,11 +51,10 @@ def test_resizers(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights in the form of the real file: the real ones are not at hand, so only architecture is tested."""
+    """Random weights in the form of the old files: without batch counters."""
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("inception") / "weights.pth"
     state = inception.Inception().state_dict()
-    del state["Conv2d_1a_3x3.bn.num_batches_tracked"]
     old_form = {k: v for k, v in state.items() if "num_batches_tracked" not in k}
     torch.save(old_form, file)
     return file
@@ -68,6 +67,15 @@ def test_inception_is_the_one_of_fid() -> None:
     assert net.state_dict()["Mixed_7c.branch3x3dbl_3b.bn.running_var"].shape == (384,)
     assert net.state_dict()["Mixed_6b.branch7x7dbl_5.conv.weight"].shape == (192, 128, 1, 7)
     assert net.fc.out_features == 1008
+
+
+def test_inception_equals_torch_fidelity(tmp_path: Path) -> None:
+    """torch-fidelity 0.4.0's own module (and its resize) gave these features on the same weights and images."""
+    torch.save(inception_state(), tmp_path / "weights.pth")
+    got = extract(open_images(coloured(2, 7, size=40)), get("inception-v3:tf", weights=tmp_path / "weights.pth")).values
+    want = [1.308944, 0.0, 0.252748, 0.082857, 1.998348, 0.154281, 0.0, 1.476931]
+    assert got[1, ::256].tolist() == pytest.approx(want, abs=1e-4)
+    assert got.abs().sum(1).tolist() == pytest.approx([1028.037842, 1161.315674], rel=1e-5)
 
 
 def test_inception_features(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
