@@ -52,7 +52,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _feature_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--features", help="inception-v3:clean|tf|torch|torchmetrics, clip:MODEL, tiny-fashion")
+    parser.add_argument(
+        "--features", help="inception-v3:clean|tf|torch|torchmetrics, clip:MODEL, dino:MODEL, tiny-fashion"
+    )
     parser.add_argument("--weights", help="file of Inception weights (default $DIFFACCEL_INCEPTION)")
 
 

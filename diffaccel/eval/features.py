@@ -4,6 +4,7 @@
 |---|---|
 | `inception-v3:clean` (default), `:tf`, `:torch`, `:torchmetrics` | FID's Inception, pool3, with the named resize |
 | `clip:<model>` | image embedding of a CLIPModel: a hub id, a folder, or `tiny-clip` |
+| `dino:<model>` | class token of a DINO or DINOv2 model of transformers, with its processor: a hub id or a folder |
 | `tiny-fashion` | the embedded network; its FID is no Inception FID |
 | a callable with an `id` | uint8 (N, 3, H, W) -> (N, d) |
 """
@@ -29,7 +30,8 @@ from .images import Images
 from .resize import RESIZERS
 
 DEFAULT = "inception-v3:clean"
-_CLIP_RESIZE = "@pil-bicubic"  # how CLIPProcessor resizes; the published CMMD code does it without antialias
+# the processors of these resize in PIL, bicubic; the published CMMD code does it without antialias
+_PIL_RESIZE, _PIL_KINDS = "@pil-bicubic", ("clip:", "dino:")
 _IN_MEMORY = 1 << 30  # bytes of features above which they go to a file
 
 
@@ -55,7 +57,7 @@ class Features:
 
 def canonical(name: str) -> str:
     """The id that a network of this name has."""
-    return name + _CLIP_RESIZE if name.startswith("clip:") and not name.endswith(_CLIP_RESIZE) else name
+    return name + _PIL_RESIZE if name.startswith(_PIL_KINDS) and not name.endswith(_PIL_RESIZE) else name
 
 
 def get(features: Any = None, weights: Any = None) -> Features:
@@ -93,13 +95,14 @@ def _by_name(name: str, weights: str | None) -> Features:
         one_of("resize of inception-v3", rest, RESIZERS)
         return Features(name, 2048, functools.partial(_inception_input, rest), inception.load(weights))
     if kind == "clip" and rest:
-        return _clip(name, rest.removesuffix(_CLIP_RESIZE))
+        return clip_features(name, *clip_model(rest.removesuffix(_PIL_RESIZE)))
+    if kind == "dino" and rest:
+        return _dino(name, rest.removesuffix(_PIL_RESIZE))
     if name == "tiny-fashion":
         net = embedded().features()
         return Features(name, _width(net), _channels_first, net)
-    names = [f"inception-v3:{r}" for r in RESIZERS] + ["clip:<model>", "tiny-fashion"]
-    one_of("features", name, names)
-    raise OptionError(f"name the CLIP model: {name}")
+    names = [f"inception-v3:{r}" for r in RESIZERS] + ["clip:<model>", "dino:<model>", "tiny-fashion"]
+    raise OptionError(f"unknown features {name!r}; known: {', '.join(names)}, or a callable with an id")
 
 
 def _inception_input(resize: str, image: np.ndarray) -> torch.Tensor:
@@ -132,15 +135,9 @@ def projected(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 
-def clip_pixels(processor: Any, image: np.ndarray) -> torch.Tensor:
-    """The processor's input from uint8: it rescales by 1/255 itself, a float image would be divided twice."""
-    pixels = processor.image_processor(image, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-    return pixels[0]
-
-
-def _clip(id: str, model: str) -> Features:
-    net, processor = clip_model(model)
-    return clip_features(id, net, processor)
+def processed(processor: Any, image: np.ndarray) -> torch.Tensor:
+    """An image processor's output from uint8: it rescales by 1/255 itself, a float image would be divided twice."""
+    return processor(image, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
 
 
 def clip_features(id: str, net: Any, processor: Any) -> Features:
@@ -149,7 +146,24 @@ def clip_features(id: str, net: Any, processor: Any) -> Features:
     def embed(pixels: torch.Tensor) -> torch.Tensor:
         return projected(net.get_image_features(pixel_values=pixels))
 
-    return Features(id, int(net.config.projection_dim), functools.partial(clip_pixels, processor), embed, net)
+    return Features(
+        id, int(net.config.projection_dim), functools.partial(processed, processor.image_processor), embed, net
+    )
+
+
+def _dino(id: str, model: str) -> Features:
+    from transformers import AutoImageProcessor, AutoModel
+
+    try:
+        net = AutoModel.from_pretrained(model).float().eval().requires_grad_(False)
+        processor = AutoImageProcessor.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"cannot load the DINO model {model!r}: {str(error)[:300]}") from None
+
+    def embed(pixels: torch.Tensor) -> torch.Tensor:
+        return net(pixel_values=pixels).last_hidden_state[:, 0]
+
+    return Features(id, int(net.config.hidden_size), functools.partial(processed, processor), embed, net)
 
 
 @dataclass(frozen=True)

@@ -289,7 +289,7 @@ def remarks(a: Stats, b: Stats) -> tuple[tuple[str, ...], tuple[str, ...]]:
             warnings.append(f"{side.name} holds {count} JPEG files, {other.name} none: compression changes the number")
         else:
             notes.append(f"{side.name} holds {count} JPEG files; how the images of {other.name} were stored is unknown")
-    resizes = (a.features or "").startswith(("inception-v3:", "clip:"))
+    resizes = (a.features or "").startswith(("inception-v3:", "clip:", "dino:"))
     if a.sizes and b.sizes and not resizes and set(a.sizes) != set(b.sizes):
         text = (", ".join(sorted(f"{h}x{w}" for h, w in s.sizes or ())) for s in (a, b))
         warnings.append(f"{a.features} does not resize, and the sizes differ: {' against '.join(text)}")

@@ -97,7 +97,7 @@ def test_uint8_goes_in(model) -> None:
     """A float image in [0, 1] is brought to uint8 before the processor, which divides by 255 itself."""
     as_float = torch.from_numpy(X).permute(0, 3, 1, 2).float() / 255
     assert clip_score(as_float, WORDS, model=model).value == clip_score(X, WORDS, model=model).value
-    one = features.clip_pixels(model[1], X[0])
+    one = features.processed(model[1].image_processor, X[0])
     mean, std = (
         torch.tensor(v)[:, None, None]
         for v in (model[1].image_processor.image_mean, model[1].image_processor.image_std)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from diffaccel import models
 from diffaccel.errors import OptionError
 from diffaccel.eval import clip_score, fid, frechet, kid, stats_file
+from diffaccel.eval.features import projected
 
 X = torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -38,6 +41,26 @@ def test_sizes_must_match() -> None:
     assert any("tiny-fashion does not resize, and the sizes differ: 32x32 against 64x64" in w for w in score.warnings)
     with pytest.raises(OptionError, match="no reference statistics for size 48"):
         stats_file.reference("tiny-fashion:48")
+
+
+def test_clip_score_equals_torchmetrics() -> None:
+    """Acceptance 7, on the embedded CLIP: torchmetrics' update function through a model whose get_*_features give
+    tensors (it fails with the output objects of transformers 5)."""
+    update = importlib.import_module("torchmetrics.functional.multimodal.clip_score")._clip_score_update
+    net, processor = models.clip()
+
+    class Thin(torch.nn.Module):
+        config = net.config
+
+        def get_image_features(self, *a, **k):
+            return projected(net.get_image_features(*a, **k))
+
+        def get_text_features(self, *a, **k):
+            return projected(net.get_text_features(*a, **k))
+
+    prompts = models.prompts(30)
+    want, _ = update(list(X), prompts, Thin(), processor)
+    assert clip_score(X, prompts, model="tiny-clip").value == pytest.approx(float(want.mean()), rel=1e-5, abs=1e-5)
 
 
 def test_clip_score_tells_captions_apart() -> None:

@@ -141,6 +141,44 @@ def test_clip_embeddings(tmp_path: Path) -> None:
         get(f"clip:{tmp_path / 'absent'}")
 
 
+def test_dino_class_token(tmp_path: Path) -> None:
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    model = Dinov2Model(Dinov2Config(**shape)).eval()
+    processor = BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    network = get(f"dino:{tmp_path}")
+    assert network.id == f"dino:{tmp_path}@pil-bicubic" and network.dim == 16
+    got = extract(open_images(coloured(3, size=32)), network).values
+    pixels = processor(list(coloured(3, size=32)), return_tensors="pt")["pixel_values"]
+    assert torch.allclose(got, model(pixel_values=pixels).last_hidden_state[:, 0], atol=1e-5)
+    with pytest.raises(OptionError, match="cannot load the DINO model"):
+        get(f"dino:{tmp_path / 'absent'}")
+
+
+def test_inception_through_torch_fidelity(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loader is used if it is importable and no file is given (here a stand-in with the same names)."""
+    (tmp_path / "torch_fidelity").mkdir()
+    (tmp_path / "torch_fidelity" / "__init__.py").write_text("")
+    (tmp_path / "torch_fidelity" / "feature_extractor_inceptionv3.py").write_text(
+        "import torch\n"
+        "class FeatureExtractorInceptionV3:\n"
+        "    def __init__(self, name, features_list):\n"
+        "        assert features_list == ['2048']\n"
+        f"    def state_dict(self):\n        return torch.load({str(weights)!r})\n"
+    )
+    monkeypatch.delenv(inception.VARIABLE, raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [m for m in sys.modules if m.split(".")[0] == "torch_fidelity"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert torch.equal(inception.load().fc.bias, torch.load(weights)["fc.bias"])
+    for name in [m for m in sys.modules if m.split(".")[0] == "torch_fidelity"]:
+        del sys.modules[name]
+
+
 def test_both_conventions_of_transformers() -> None:
     class Output:
         pooler_output = torch.ones(2)
