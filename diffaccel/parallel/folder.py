@@ -43,7 +43,7 @@ class Folder:
 
     # ------------------------------------------------------------------ the recipe
     def begin(self, recipe: Mapping[str, Any], environment: Mapping[str, Any]) -> list[str]:
-        """Make the folder, or check that its images were made with this recipe.
+        """Write the recipe, or check that its images were made with this recipe.
 
         Returns:
             Lines that say where the environment (versions, device name) differs: worth a warning, no more.
@@ -52,7 +52,6 @@ class Folder:
             FolderError: not usable, holds other files, or images of another recipe; the message shows both sides.
         """
         with self.writing():
-            self.root.mkdir(parents=True, exist_ok=True)
             # a run that was killed before it wrote its recipe may have left the unfinished file of it
             if not self.manifest.exists() and any(not p.name.endswith(".tmp") for p in self.root.iterdir()):
                 raise FolderError(f"{self.root} is not empty and has no {self.manifest.name}: choose a new folder")
@@ -198,8 +197,11 @@ class Part:
 
 
 @contextlib.contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """Keep a second run out of a folder while this one lasts (where the system has flock)."""
+def locked(folder: Folder) -> Iterator[None]:
+    """Make the folder, and keep a second run out of it while this one lasts (where the system has flock)."""
+    root = folder.root
+    with folder.writing():
+        root.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:

@@ -177,8 +177,8 @@ def generate(
     folder = Folder(out)
     if world.rank != 0:
         return _work(folder, paint, chunks, scheduler, world, whole, None)
-    notes = folder.begin(whole, environment or {})
-    with locked(folder.root):
+    with locked(folder):
+        notes = folder.begin(whole, environment or {})
         if progress and notes:
             print("generate: not the environment that this folder was begun in:", *notes, sep="\n", file=sys.stderr)
         folder.sweep()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffaccel.errors import OptionError, RunError
-from diffaccel.parallel.folder import FolderError, locked
+from diffaccel.parallel.folder import Folder, FolderError, locked
 from diffaccel.parallel.generate import MOST, Painted, generate, parse_seeds, status, tasks_for, to_pixels
 
 TASKS = tasks_for([f"prompt {i}" for i in range(10)])
@@ -158,7 +158,7 @@ def test_a_recipe_without_an_image_binds_nobody(tmp_path):
 
 def test_a_second_run_is_kept_out(tmp_path):
     run(tmp_path)
-    with locked(tmp_path), pytest.raises(FolderError, match="another run is writing"):
+    with locked(Folder(tmp_path)), pytest.raises(FolderError, match="another run is writing"):
         run(tmp_path)
 
 
