@@ -30,8 +30,8 @@ from .images import Images
 from .resize import RESIZERS
 
 DEFAULT = "inception-v3:clean"
-# the processors of these resize in PIL, bicubic; the published CMMD code does it without antialias
-_PIL_RESIZE, _PIL_KINDS = "@pil-bicubic", ("clip:", "dino:")
+# how these resize: their processors, in PIL (the published CMMD code does it without antialias)
+_RESIZE = {"clip": "@pil-bicubic", "dino": "@pil"}
 _IN_MEMORY = 1 << 30  # bytes of features above which they go to a file
 
 
@@ -57,7 +57,9 @@ class Features:
 
 def canonical(name: str) -> str:
     """The id that a network of this name has."""
-    return name + _PIL_RESIZE if name.startswith(_PIL_KINDS) and not name.endswith(_PIL_RESIZE) else name
+    kind, _, model = name.partition(":")
+    resize = _RESIZE.get(kind, "") if model else ""
+    return name if name.endswith(resize) else name + resize
 
 
 def get(features: Any = None, weights: Any = None) -> Features:
@@ -95,11 +97,14 @@ def _by_name(name: str, weights: str | None) -> Features:
         one_of("resize of inception-v3", rest, RESIZERS)
         return Features(name, 2048, functools.partial(_inception_input, rest), inception.load(weights))
     if kind == "clip" and rest:
-        return clip_features(name, *clip_model(rest.removesuffix(_PIL_RESIZE)))
+        return clip_features(name, *clip_model(rest.removesuffix(_RESIZE[kind])))
     if kind == "dino" and rest:
-        return _dino(name, rest.removesuffix(_PIL_RESIZE))
+        return _dino(name, rest.removesuffix(_RESIZE[kind]))
     if name == "tiny-fashion":
-        net = embedded().features()
+        try:
+            net = embedded().features()
+        except FileNotFoundError as error:
+            raise OptionError(str(error)) from None
         return Features(name, _width(net), _channels_first, net)
     names = [f"inception-v3:{r}" for r in RESIZERS] + ["clip:<model>", "dino:<model>", "tiny-fashion"]
     raise OptionError(f"unknown features {name!r}; known: {', '.join(names)}, or a callable with an id")
@@ -119,13 +124,16 @@ def embedded() -> Any:
 @functools.lru_cache(maxsize=2)
 def clip_model(model: str) -> tuple[Any, Any]:
     """(CLIPModel, CLIPProcessor) of `tiny-clip`, a folder or a hub id, in evaluation mode."""
-    if model == "tiny-clip":
-        return embedded().clip()
     from transformers import CLIPModel, CLIPProcessor
 
     try:
-        net = CLIPModel.from_pretrained(model).float().eval().requires_grad_(False)
-        return net, CLIPProcessor.from_pretrained(model)
+        if model == "tiny-clip":
+            net, processor = embedded().clip()
+        else:
+            net = CLIPModel.from_pretrained(model).float().eval().requires_grad_(False)
+            processor = CLIPProcessor.from_pretrained(model)
+        processor.image_processor = in_pil(processor.image_processor)
+        return net, processor
     except (OSError, ValueError) as error:
         raise OptionError(f"cannot load the CLIP model {model!r}: {str(error)[:300]}") from None
 
@@ -133,6 +141,16 @@ def clip_model(model: str) -> tuple[Any, Any]:
 def projected(output: Any) -> torch.Tensor:
     """The embedding: transformers >= 5 returns an output object with it in `pooler_output`, 4 a tensor."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+def in_pil(processor: Any) -> Any:
+    """The image processor with the same settings in PIL: where torchvision is installed transformers resizes with that,
+    and the numbers would depend on what else is installed."""
+    import transformers
+
+    name = type(processor).__name__.removesuffix("Fast").removesuffix("Pil")
+    cls = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)  # transformers 5, or 4
+    return processor if isinstance(processor, cls) else cls.from_dict(processor.to_dict())
 
 
 def processed(processor: Any, image: np.ndarray) -> torch.Tensor:
@@ -156,7 +174,7 @@ def _dino(id: str, model: str) -> Features:
 
     try:
         net = AutoModel.from_pretrained(model).float().eval().requires_grad_(False)
-        processor = AutoImageProcessor.from_pretrained(model)
+        processor = in_pil(AutoImageProcessor.from_pretrained(model))
     except (OSError, ValueError) as error:
         raise OptionError(f"cannot load the DINO model {model!r}: {str(error)[:300]}") from None
 

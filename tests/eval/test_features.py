@@ -141,6 +141,21 @@ def test_clip_embeddings(tmp_path: Path) -> None:
         get(f"clip:{tmp_path / 'absent'}")
 
 
+def test_images_are_resized_in_pil_whatever_is_installed() -> None:
+    """With torchvision, transformers would give a processor that resizes otherwise."""
+    import transformers
+
+    plain = transformers.CLIPImageProcessor(size={"shortest_edge": 48}, resample=3)
+    assert features.in_pil(plain) is plain  # torchvision is not installed here
+
+    class CLIPImageProcessorFast:
+        def to_dict(self) -> dict:
+            return plain.to_dict()
+
+    got = features.in_pil(CLIPImageProcessorFast())
+    assert type(got) is type(plain) and got.size == plain.size
+
+
 def test_dino_class_token(tmp_path: Path) -> None:
     from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
@@ -151,7 +166,7 @@ def test_dino_class_token(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     network = get(f"dino:{tmp_path}")
-    assert network.id == f"dino:{tmp_path}@pil-bicubic" and network.dim == 16
+    assert network.id == f"dino:{tmp_path}@pil" and network.dim == 16
     got = extract(open_images(coloured(3, size=32)), network).values
     pixels = processor(list(coloured(3, size=32)), return_tensors="pt")["pixel_values"]
     assert torch.allclose(got, model(pixel_values=pixels).last_hidden_state[:, 0], atol=1e-5)
