@@ -1,0 +1,19 @@
+"""The examples run as written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("model", ["tiny-sd", "tiny-flow"])
+def test_swap_scheduler(model, tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "swap_scheduler.py"), "--model", model, "--calls", "4"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "x.png")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.png").stat().st_size > 200
+    assert "4 model calls" in done.stdout
+    assert "unipc(order=3" in done.stdout
