@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DiffaccelError, OptionError
-from .world import differences
+from .agree import differences
 
 Record = dict[str, Any]
 VERIFY = ("fast", "full")

@@ -21,10 +21,12 @@ import numpy as np
 import torch
 
 from ..errors import DiffaccelError, OptionError, RunError
+from .agree import same_on_all
 from .folder import Folder, FolderError, Record, check_verify, locked
-from .world import SoloWorld, World, same_on_all
+from .world import SoloWorld, World
 
 MOST = 10_000_000  # images
+STALL = 1800.0  # seconds in which a rank must begin a model call
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def _work(
             world.check()
             part.write(_chunk(folder, paint, chunks[k], k, scheduler))
             show(world.add("images", len(chunks[k])))
-        world.gather("last image", b"", timeout=None, tick=lambda: show(world.add("images", 0)))
+        world.gather("last image", b"", timeout=None, stall=STALL, tick=lambda: show(world.add("images", 0)))
         show(world.add("images", 0))
     seconds = time.monotonic() - began
     report = None

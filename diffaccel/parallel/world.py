@@ -8,10 +8,11 @@ ranks with an error that names it, never with a hang.
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import count
 from typing import Any, Protocol
@@ -57,7 +58,13 @@ class World(Protocol):
         """Add to a counter that all ranks share; its new value."""
 
     def gather(
-        self, name: str, payload: bytes, *, timeout: float | None = TIMEOUT, tick: Callable[[], Any] | None = None
+        self,
+        name: str,
+        payload: bytes,
+        *,
+        timeout: float | None = TIMEOUT,
+        stall: float | None = None,
+        tick: Callable[[], Any] | None = None,
     ) -> list[bytes]:
         """Every rank's payload, in rank order, on every rank.
 
@@ -65,6 +72,7 @@ class World(Protocol):
             name: for messages; all ranks make the same calls in the same order.
             payload: of this rank.
             timeout: seconds; None waits for as long as the others are alive.
+            stall: seconds after which a rank that is alive but has not called `check` counts as stuck.
             tick: called now and then while waiting.
         """
 
@@ -116,7 +124,13 @@ class SoloWorld(_Context):
         return self._counters[name]
 
     def gather(
-        self, name: str, payload: bytes, *, timeout: float | None = TIMEOUT, tick: Callable[[], Any] | None = None
+        self,
+        name: str,
+        payload: bytes,
+        *,
+        timeout: float | None = TIMEOUT,
+        stall: float | None = None,
+        tick: Callable[[], Any] | None = None,
     ) -> list[bytes]:
         return [payload]
 
@@ -157,7 +171,8 @@ class DistWorld(_Context):
         self.rank, self.size, self.device, self.timeout = rank, size, device, timeout
         self._store, self._pulse = connect(), connect()
         self._calls = count()
-        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._seen: dict[int, dict[str, tuple[str, float]]] = {}
+        self._work = 0
         self._failure: WorldError | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="diffaccel-heartbeat", daemon=True)
@@ -167,7 +182,7 @@ class DistWorld(_Context):
     def _beat(self) -> None:
         for i in count():
             try:
-                self._pulse.set(f"beat/{self.rank}", str(i))
+                self._pulse.set(f"beat/{self.rank}", f"{i} {self._work}")
                 if self._failure is None and self._pulse.check(["abort"]):
                     self._failure = _told(self._pulse.get("abort"))
                     self._pulse.set(f"heard/{self.rank}", "")
@@ -180,6 +195,7 @@ class DistWorld(_Context):
 
     # ------------------------------------------------------------------ what ranks say to each other
     def check(self) -> None:
+        self._work += 1
         if self._failure is not None:
             raise self._failure
 
@@ -188,18 +204,24 @@ class DistWorld(_Context):
         return int(self._try(lambda: self._store.add(f"count/{name}", amount)))
 
     def gather(
-        self, name: str, payload: bytes, *, timeout: float | None = TIMEOUT, tick: Callable[[], Any] | None = None
+        self,
+        name: str,
+        payload: bytes,
+        *,
+        timeout: float | None = TIMEOUT,
+        stall: float | None = None,
+        tick: Callable[[], Any] | None = None,
     ) -> list[bytes]:
         key = f"{next(self._calls)}/{name}"
         self._try(lambda: self._store.set(f"{key}/{self.rank}", payload))
-        return [self._receive(f"{key}/{r}", r, name, timeout, tick) for r in range(self.size)]
+        return [self._receive(f"{key}/{r}", r, name, timeout, stall, tick) for r in range(self.size)]
 
     def broadcast(self, name: str, payload: bytes | None, *, timeout: float | None = TIMEOUT) -> bytes:
         key = f"{next(self._calls)}/{name}"
         if self.rank == 0:
             self._try(lambda: self._store.set(key, payload or b""))
             return payload or b""
-        return self._receive(key, 0, name, timeout, None)
+        return self._receive(key, 0, name, timeout)
 
     def barrier(self, name: str, *, timeout: float | None = TIMEOUT) -> None:
         self.gather(name, b"", timeout=timeout)
@@ -229,32 +251,44 @@ class DistWorld(_Context):
 
     # ------------------------------------------------------------------ waiting
     def _receive(
-        self, key: str, source: int, what: str, timeout: float | None, tick: Callable[[], Any] | None
+        self,
+        key: str,
+        source: int,
+        what: str,
+        timeout: float | None,
+        stall: float | None = None,
+        tick: Callable[[], Any] | None = None,
     ) -> bytes:
         start = time.monotonic()
         while not self._try(lambda: self._store.check([key])):
             self.check()
-            now = time.monotonic()
-            quiet = self._quiet(source, start)
             if self._try(lambda: self._store.check([f"left/{source}"])):
                 raise WorldError(f"rank {source} left before {what!r}, for which rank {self.rank} was waiting")
-            if quiet > self.timeout or (timeout is not None and now - start > timeout):
-                raise WorldError(
-                    f"rank {self.rank} waited {now - start:.0f} s for rank {source} ({what}); "
-                    f"rank {source} was last alive {quiet:.0f} s ago"
-                )
+            waited, quiet, idle = time.monotonic() - start, *self._still(source, start)
+            if quiet > self.timeout or waited > (timeout or math.inf):
+                state = f"was last alive {quiet:.0f} s ago"
+            elif idle > (stall or math.inf):
+                state = f"is alive but has done nothing for {idle:.0f} s"
+            else:
+                state = ""
+            if state:
+                message = f"rank {self.rank} waited {waited:.0f} s for rank {source} ({what}); rank {source} {state}"
+                raise WorldError(message)
             if tick is not None:
                 tick()
             time.sleep(LOOK)
         return bytes(self._try(lambda: self._store.get(key)))
 
-    def _quiet(self, rank: int, start: float) -> float:
-        """Seconds since a rank's heartbeat last changed, or since `start` if it never beat."""
+    def _still(self, rank: int, start: float) -> tuple[float, float]:
+        """Seconds since a rank's heartbeat and since its work last moved; since `start` if they never did."""
         key, now = f"beat/{rank}", time.monotonic()
-        beat = bytes(self._try(lambda: self._store.get(key))) if self._try(lambda: self._store.check([key])) else b""
-        if rank not in self._seen or beat != self._seen[rank][0]:
-            self._seen[rank] = (beat, now if beat else start)
-        return now - self._seen[rank][1]
+        known = self._try(lambda: self._store.check([key]))
+        beat, _, work = (self._try(lambda: self._store.get(key)).decode() if known else "").partition(" ")
+        seen = self._seen.setdefault(rank, {"beat": ("", start), "work": ("", start)})
+        for name, value in (("beat", beat), ("work", work)):
+            if value != seen[name][0]:
+                seen[name] = (value, now)
+        return now - seen["beat"][1], now - seen["work"][1]
 
     def _try(self, action: Callable[[], Any]) -> Any:
         try:
@@ -330,33 +364,6 @@ def open_world(*, cpu: bool = False, threads: int = 1, timeout: float = TIMEOUT)
         return distributed.PrefixStore(prefix, store)
 
     return DistWorld(state.process_index, state.num_processes, state.device, connect, timeout=timeout, leave=leave)
-
-
-def same_on_all(world: World, what: str, values: dict[str, Any]) -> None:
-    """Raise on every rank if `values` (plain JSON) differ between ranks; the message shows both sides."""
-    found = [json.loads(v) for v in world.gather(what, json.dumps(values).encode(), timeout=None)]
-    for rank, theirs in enumerate(found):
-        wrong = differences(found[0], theirs, "rank 0 has", f"rank {rank} has")
-        if wrong:
-            # every rank sees the same lists, so one report is enough
-            raise WorldError(f"the ranks do not agree on the {what}:\n" + "\n".join(wrong), told=world.rank != 0)
-
-
-def differences(left: Any, right: Any, left_has: str, right_has: str, at: str = "") -> list[str]:
-    """A line for each leaf that differs between two JSON values."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        keys: Iterable[str] = dict.fromkeys([*left, *right])
-        return [
-            line
-            for k in keys
-            for line in differences(left.get(k), right.get(k), left_has, right_has, f"{at}.{k}" if at else k)
-        ]
-    return [] if left == right else [f"  {at}: {left_has} {_short(left)}, {right_has} {_short(right)}"]
-
-
-def _short(value: Any, most: int = 120) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= most else text[:most] + "..."
 
 
 def _told(text: bytes) -> WorldError:

@@ -13,11 +13,14 @@ import accelerate  # noqa: F401 - imported once, before the forks
 import numpy as np
 from ranks import fork, wait
 
+import diffaccel.parallel.generate
 from diffaccel.errors import RunError
+from diffaccel.parallel.agree import same_on_all
 from diffaccel.parallel.generate import Painted, generate, tasks_for
-from diffaccel.parallel.world import WorldError, open_world, same_on_all
+from diffaccel.parallel.world import WorldError, open_world
 
 WORK = Path(sys.argv[1])
+diffaccel.parallel.generate.STALL = 3.0
 
 
 def messages() -> int:
@@ -47,7 +50,7 @@ def disagree() -> int:
 
 
 def _paint_then(act) -> int:
-    world = open_world(cpu=True, timeout=3)
+    world = open_world(cpu=True, timeout=5)
 
     def paint(tasks):
         time.sleep(0.05)
@@ -89,6 +92,11 @@ def dies(world, tasks) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def hangs(world, tasks) -> None:
+    if world.rank == 1 and tasks[0].index > 8:
+        time.sleep(10)  # its heartbeat goes on
+
+
 def timed(name: str, size: int, job) -> dict:
     log, start = WORK / f"{name}.log", time.monotonic()
     codes = wait(fork(size, job, log))
@@ -103,6 +111,7 @@ print(
             "raises": timed("raises", 3, lambda: _paint_then(raises)),
             "host_raises": timed("host_raises", 2, lambda: _paint_then(host_raises)),
             "dies": timed("dies", 3, lambda: _paint_then(dies)),
+            "hangs": timed("hangs", 2, lambda: _paint_then(hangs)),
         }
     )
 )
