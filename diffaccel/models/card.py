@@ -126,8 +126,10 @@ def training(receipts: dict[str, dict]) -> str:
     text += _table(["model", "parameters", "steps", "rate, batch, seed", "minutes", "s/step"], rows)
     for name, r in receipts.items():
         if len(r["budgets"]) > 1:
-            spans = ", then to ".join(str(b["steps"]) for b in r["budgets"])
-            text += f"\n`{name}` was trained with more than one budget: to {spans} steps.\n"
+            spans = ", then ".join(str(b["steps"]) for b in r["budgets"])
+            text += f"\nThe budget of `{name}` was changed while it trained (steps: {spans}), so its\n"
+            text += "learning rate fell otherwise than that of the last budget alone: a rerun gives\n"
+            text += "a model of the same kind, not the same numbers.\n"
     text += "\nVersions: " + ", ".join(f"{k} {v}" for k, v in next(iter(receipts.values()))["versions"].items()) + ".\n"
     text += (
         f"\nKL weight of the VAE {encoders.KL_WEIGHT:g}; latent mean 0 and deviation 1 are folded into `quant_conv`.\n"

@@ -21,7 +21,7 @@ FOLDERS = {
     "flow": "tiny-flow",
     "pixel": "tiny-pixel",
 }
-REFERENCE_ROWS = {32: 1500, 64: 500}  # feature rows kept beside mu and sigma
+REFERENCE_ROWS = {32: 1000, 64: 400}  # feature rows kept beside mu and sigma
 
 
 class MissingPart(RuntimeError):
