@@ -92,8 +92,9 @@ def clip_score(
     net, processor = clip_model(model) if isinstance(model, str) else model
     id = canonical(f"clip:{model if isinstance(model, str) else getattr(net, 'name_or_path', '') or 'given model'}")
     got = extract(source, clip_features(id, net, processor), **{"expected": len(given), **reading})
-    unique = list(dict.fromkeys(given))
-    own = np.array([unique.index(p) for p in given])[np.arange(len(source)) % len(given)]
+    number = {p: i for i, p in enumerate(dict.fromkeys(given))}
+    unique = list(number)
+    own = np.array([number[p] for p in given])[np.arange(len(source)) % len(given)]
     prefix = HESSEL_PREFIX if variant == "hessel" else ""
     text, truncated = embed_text(net, processor, [prefix + p for p in unique])
     values = pair_scores(got.values, text[torch.from_numpy(own)], variant).double()

@@ -67,7 +67,7 @@ def fid(
         low,
         high,
         raw,
-        left.n or 0,
+        left.n,
         right.n,
         str(left.features),
         f"{how}; interval by the influence function",

@@ -14,16 +14,17 @@ class Score:
     """A metric.
 
     value: the estimate (bias-corrected where the estimator says so); low, high: its 95 % interval; raw: the plain value
-    that papers print; n_a, n_b: images on each side (None: not known); features: id of the network with its resize;
-    estimator: how value and interval were made. label: what is printed before the number. scale: the printed numbers
-    are the stored ones times this. details: further numbers of the metric. warnings: what makes it doubtful.
+    that papers print; n_a, n_b: images on each side (None: not known; n_b 0: there is one side); features: id of the
+    network with its resize; estimator: how value and interval were made. label: what is printed before the number.
+    scale: the printed numbers are the stored ones times this. details: further numbers of the metric. warnings: what
+    makes it doubtful.
     """
 
     value: float
     low: float
     high: float
     raw: float
-    n_a: int
+    n_a: int | None
     n_b: int | None
     features: str
     estimator: str
@@ -38,7 +39,8 @@ class Score:
         """One line: "FID 12.41 [12.02, 12.80], 10000 vs 50000 images, inception-v3, clean resize"."""
         value, low, high, raw = (_digits(self.scale * x) for x in (self.value, self.low, self.high, self.raw))
         plain = f" (uncorrected {raw})" if abs(self.raw - self.value) > 0.01 * abs(self.raw) else ""
-        many = f"{self.n_a} images" if self.n_b == 0 else f"{self.n_a} vs {self.n_b or 'unknown number of'} images"
+        a, b = (n or "unknown number of" for n in (self.n_a, self.n_b))
+        many = f"{a} images" if self.n_b == 0 else f"{a} vs {b} images"
         name, _, resize = (
             self.features.partition(":") if self.features.startswith("inception") else (self.features,) * 3
         )

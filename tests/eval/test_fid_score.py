@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from diffaccel.errors import OptionError
 from diffaccel.eval import fid, fid_difference, frechet, precision_recall, stats
+from diffaccel.eval.manifold import coverage
 from diffaccel.eval.score import Score
 
 A, B = coloured(60, 1, shift=10), coloured(80, 2)
@@ -132,6 +133,13 @@ def test_equals_torchmetrics(n: int, m: int, d: int, scale: float, seed: int) ->
     ours = fid(x, y, paper=True).value
     full_rank = min(n, m) > 2 * d
     assert ours == pytest.approx(float(metric.compute()), rel=1e-9 if full_rank else 1e-5)
+
+
+def test_balls_reach_to_the_kth_neighbour() -> None:
+    """Samples at 0, 1, 3: radii 1, 1, 2 for the first neighbour and 3, 2, 3 for the second."""
+    of, points = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[-0.9], [-1.1], [4.9], [5.1], [-3.1]])
+    assert coverage(points, of, 1).tolist() == [True, False, True, False, False]
+    assert coverage(points, of, 2, block=2).tolist() == [True, True, True, True, False]
 
 
 def test_precision_and_recall() -> None:
