@@ -267,7 +267,7 @@ class DistWorld(_Context):
             waited, quiet, idle = time.monotonic() - start, *self._still(source, start)
             if quiet > self.timeout or waited > (timeout or math.inf):
                 state = f"was last alive {quiet:.0f} s ago"
-            elif idle > (stall or math.inf):
+            elif idle - quiet > (stall or math.inf):  # it went on beating without working
                 state = f"is alive but has done nothing for {idle:.0f} s"
             else:
                 state = ""
