@@ -43,6 +43,7 @@ def test_sizes_must_match() -> None:
         stats_file.reference("tiny-fashion:48")
 
 
+@pytest.mark.filterwarnings("ignore:`max_length` is ignored")  # torchmetrics asks the tokenizer for that
 def test_clip_score_equals_torchmetrics() -> None:
     """Acceptance 7, on the embedded CLIP: torchmetrics' update function through a model whose get_*_features give
     tensors (it fails with the output objects of transformers 5)."""
