@@ -2,8 +2,9 @@
 
     python benchmarks/bench_eval.py [--width 768] [--rounds 2] [--out docs/results/eval_speed.json]
 
-Random features with a falling spectrum. Each time is the fastest of the rounds, which are interleaved so that all
-methods see the same machine. Errors are against the value from features, which is exact to 1e-15 (tests/parity).
+Random features with a falling spectrum. Seconds are CPU seconds of the one thread, the fastest of the rounds, which are
+interleaved so that all methods see the same machine. Errors are against the value from features, which is exact to
+1e-15 (tests/parity).
 --width 2048 is Inception's; the ratios grow with it.
 """
 
@@ -51,13 +52,13 @@ def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def best(methods: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Fastest seconds and the value of each method."""
+    """Fastest CPU seconds and the value of each method."""
     seconds, values = dict.fromkeys(methods, float("inf")), {}
     for _ in range(rounds):
         for name, method in methods.items():
-            start = time.perf_counter()
+            start = time.process_time()
             values[name] = method()
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
+            seconds[name] = min(seconds[name], time.process_time() - start)
     return seconds, values
 
 

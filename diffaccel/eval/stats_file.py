@@ -190,7 +190,9 @@ def known(source: Any, features: str | None, kernel: bool = False) -> Stats | No
         return source if source.features or not features else replace(source, features=canonical(features))
     if isinstance(source, frechet.Statistics):
         id = canonical(features) if features else GIVEN
-        return Stats("statistics", id, source.n, moments=(source.mean.numpy(), source.covariance.numpy()))
+        found = Stats("statistics", id, source.n, moments=(source.mean.numpy(), source.covariance.numpy()))
+        vars(found)["gaussian"] = source  # the cached property: its factor is there already
+        return found
     if isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 2:
         values = torch.as_tensor(source).detach().cpu()
         return Stats(f"features {tuple(values.shape)}", canonical(features) if features else GIVEN, len(values), values)
