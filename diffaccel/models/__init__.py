@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from .nets import FashionFeatures
 
 _WEIGHTS = Path(__file__).parent / "weights"
-_PIPELINES = ("tiny-sd", "tiny-flow", "tiny-pixel")
+PIPELINES = ("tiny-sd", "tiny-flow", "tiny-pixel")
 
 
 def names() -> tuple[str, ...]:
-    """Names that `load` knows."""
-    return _PIPELINES
+    """Pipelines whose weights are installed."""
+    return tuple(name for name in PIPELINES if (_WEIGHTS / name).is_dir())
 
 
 def path(name: str) -> Path:
     """Folder of a model, for `from_pretrained`; also of the parts `tiny-clip` and `tiny-fashion`."""
-    known = (*_PIPELINES, "tiny-clip", "tiny-fashion")
+    known = (*PIPELINES, "tiny-clip", "tiny-fashion")
     if name not in known:
         raise ValueError(f"no embedded model {name!r}; known: {', '.join(known)}")
     folder = _WEIGHTS / name
@@ -46,8 +46,8 @@ def load(name: str, *, torch_dtype: torch.dtype | None = None, device: str | Non
     """A diffusers pipeline: 'tiny-sd' (StableDiffusionPipeline), 'tiny-flow' (StableDiffusion3Pipeline) or 'tiny-pixel'
     (ClassConditionalPipeline; labels 0..179, see `words.meaning`). float32 on the CPU unless told otherwise; further
     keywords go to `from_pretrained`. Images are 32x32; `height=width=64` works too for the two latent pipelines."""
-    if name not in _PIPELINES:
-        raise ValueError(f"no embedded pipeline {name!r}; known: {', '.join(_PIPELINES)}")
+    if name not in PIPELINES:
+        raise ValueError(f"no embedded pipeline {name!r}; known: {', '.join(PIPELINES)}")
     import torch
     from diffusers.pipelines import pipeline_utils
 
