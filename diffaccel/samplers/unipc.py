@@ -72,8 +72,9 @@ def unipc(
             "exact" (the corrector published under that name is of first order).
         space: what is interpolated, "x0" or "eps".
         corrector: True, False, or the steps whose corrector is off (i: the one applied after step i, at node i + 1),
-            counted from the node where the run begins. There is none after a step from alpha = 0, nor in noise space
-            after one longer than `common.LONG`.
+            counted from the node where the run begins. After a step from alpha = 0 it is the trapezoidal rule in
+            `u = alpha/sigma`, which is finite there (`e^lam D dlam = D du`): weight 1/2, the limit of bh2's. In noise
+            space there is none then, nor after a step longer than `common.LONG`.
         lower_order_final: one order less towards the last nodes (advised below 15 calls).
     """
     check_order("unipc", order, 4)
@@ -82,21 +83,26 @@ def unipc(
     off = _skipped(corrector)
     past: list[tuple[Node, Any]] = []
     done: Step | None = None
+    start: Any = None  # the prediction at alpha = 0, for the corrector after the step from there
     n = len(nodes) - 1
     for i, s, t in intervals(nodes):
         here = eps_space(s) if space == "eps" else space
         p = predict(x, s, space=here)
-        if done is not None:
+        if start is not None:
+            x = x + (0.5 * s.alpha) * (p - start)
+        elif done is not None:
             x = x + correction(done, p, space, variant)
-            done = None
+        start = done = None
         x = lead(x, p, s, t, here)
-        if not finite(s) or t.sigma == 0:
-            continue  # of first order, and no part of the history
+        corrected = off is not None and i not in off
+        if not finite(s) or t.sigma == 0:  # of first order, and no part of the history
+            start = p if corrected and space == "x0" and t.sigma > 0 else None
+            continue
         past = [(s, p), *past][:order]
         used = past[: order_at(i, n, order, len(past) - 1, lower_final=lower_order_final)]
         weights = predictor(used, s, t, space, variant)
         x = x + increment(used[1:], weights, p)
-        if off is not None and i not in off and not (space == "eps" and is_long(s, t)):
+        if corrected and not (space == "eps" and is_long(s, t)):
             done = Step(s, t, used, weights)
     return x
 

@@ -129,7 +129,9 @@ def test_pure_noise_stays_out_of_the_history(space):
     assert rows[0].space == "x0"
     assert {row.space for row in rows[1:]} == {space}
     late = UNIPC.trace(nodes[1:], order=3, space=space).rows
-    assert max(gap(a, b) for a, b in zip(rows[1:], late, strict=True)) < 1e-12
+    assert max(gap(a, b) for a, b in zip(rows[2:], late[1:], strict=True)) < 1e-12
+    bare = UNIPC.trace(nodes, order=3, space=space, corrector=[0]).rows  # without the corrector of the first step
+    assert gap(bare[1], late[0]) < 1e-12
 
 
 def test_skipped_correctors():
@@ -185,3 +187,20 @@ def test_corrector_of_order_one(variant):
     b = 0.5 * nodes[1].alpha * (-h[0] if variant == "bh1" else math.expm1(-h[0]))
     step = -nodes[2].alpha * math.expm1(-h[1])
     assert row.out.p == pytest.approx((step - row.a * b, row.a * b), rel=1e-10)
+
+
+@pytest.mark.parametrize("variant", ["bh1", "bh2", "exact"])
+def test_the_corrector_after_pure_noise_is_exact_for_predictions_linear_in_the_level(variant):
+    """From alpha = 0 the integral is over `u = alpha/sigma`, where D = 1 + 2u asks for the trapezoidal rule."""
+    path = Path.flow()
+    nodes = Nodes([path.at(1000.0), path.at(700.0), path.at(400.0)], path)
+    table = get("unipc").trace(nodes, order=1, variant=variant, lower_order_final=False)
+    x = np.array([0.3])
+    got = table.apply(x, lambda x, node, space: np.array([1 + 2 * node.alpha / node.sigma]))
+    first, second = nodes[1], nodes[2]
+    u = first.alpha / first.sigma
+    middle = first.sigma * (x + u + u**2)
+    step = second.sigma * (second.alpha / second.sigma - u) * (1 + 2 * u)
+    assert got == pytest.approx(second.sigma / first.sigma * middle + step, abs=1e-13)
+    plain = get("unipc").trace(nodes, order=1, variant=variant, corrector=False)
+    assert plain.apply(x, lambda x, node, space: np.array([1 + 2 * node.alpha / node.sigma])) != pytest.approx(got)
