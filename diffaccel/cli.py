@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     demo = commands.add_parser("demo", help="the embedded pipeline: stock schedulers and ours from the same noise")
-    demo.add_argument("--model", default="tiny-sd", help="tiny-sd, tiny-flow or tiny-pixel (default tiny-sd)")
+    demo.add_argument("--model", default="tiny-sd", help="an embedded model (default tiny-sd)")
     demo.add_argument("--calls", type=int, default=8, help="budget of model calls (default 8)")
     demo.add_argument("--images", type=int, default=16, help="how many images (default 16)")
     demo.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default 4)")

@@ -21,8 +21,8 @@ HEAD = """\
 
 <!-- written by `python -m diffaccel.models.card` from the receipts beside the weights; do not edit -->
 
-Three tiny pipelines that were really trained come with the package, so that schedulers, hooks and metrics can be tried
-and tested without a download. They are small instruments, not image generators for use.
+Tiny pipelines that were really trained ({shipped}) come with the package, so that schedulers, hooks and metrics can be
+tried and tested without a download. They are small instruments, not image generators for use.
 
 | name | class | what it is for |
 |---|---|---|
@@ -38,8 +38,6 @@ pipe = models.load("tiny-sd")                       # float32 on the CPU; torch_
 images = pipe(models.prompts(4, seed=0), num_inference_steps=20, guidance_scale=4.0).images
 flow = models.load("tiny-flow")
 images = flow(models.prompts(4), num_inference_steps=20, guidance_scale=4.0, max_sequence_length=1).images
-pixel = models.load("tiny-pixel")
-images = pixel(models.labels(4), num_inference_steps=20).images
 ```
 
 The folders are ordinary ones (`models.path(name)`):
@@ -50,7 +48,7 @@ The folders are ordinary ones (`models.path(name)`):
   `max_sequence_length=1` is several times faster than the default 256, and the model was trained with 1, 16 and 256.
   The number of zero tokens changes the image a little: keep one value in a comparison;
 - `tiny-pixel`: `DiffusionPipeline.from_pretrained(path, custom_pipeline=str(path), trust_remote_code=True)`. Its labels
-  are `diffaccel.models.words.meaning(thing, colour, background)`.
+  (`models.labels(n)`) are `diffaccel.models.words.meaning(thing, colour, background)`.
 
 Images are 32x32. The two latent pipelines were trained on 64 pixels too (three steps of 32 to one of 64; the size is
 told by the shape of the latent alone): `height=64, width=64`.
@@ -89,6 +87,7 @@ def _table(header: list[str], rows: list[list]) -> str:
 
 def head() -> str:
     return HEAD.format(
+        shipped=", ".join(f"`{name}`" for name in models.names()),
         debian=f"`{data.DEBIAN_PATH}`",
         n_colours=len(COLOURS),
         colours=", ".join(COLOURS),
