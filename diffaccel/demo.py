@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 from . import compare, models
 from .compare import Candidate, Job, Outcome
 
-# For 8 calls, chosen by benchmarks/bench_error.py on its seed for choosing, not on the demo's (not measured: tiny-pixel,
-# which is not shipped).
+# For 8 calls, chosen by benchmarks/bench_error.py on its seed for choosing, not on the demo's (tiny-pixel is not
+# shipped, so its row is not measured).
 CHOICE: dict[str, dict[str, Any]] = {
     "tiny-sd": {"sampler": "deis", "order": 2, "grid": "karras", "grid_options": {"rho": 4.0}},
     "tiny-flow": {"sampler": "ipndm", "order": 2, "grid": "mid", "grid_options": {"w": 0.3}},
