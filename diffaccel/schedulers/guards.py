@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,7 +94,7 @@ def _real(value: Any, what: str) -> torch.Tensor:
 
 def check_finite(state: torch.Tensor, output: torch.Tensor, i: int, n: int) -> None:
     """A NaN in the state; the sum is the cheapest way to find one."""
-    if torch.isfinite(state.sum()) or torch.isfinite(state).all():
+    if math.isfinite(state.sum().item()) or torch.isfinite(state).all():
         return
     where = "the model's output" if not torch.isfinite(output).all() else "the state"
     raise RunError(

@@ -184,15 +184,20 @@ def _affine(x: torch.Tensor, output: torch.Tensor, pair: tuple[Coef, Coef]) -> t
 
 
 def _evaluate(run: Run, mix: Mix, x: torch.Tensor) -> torch.Tensor:
-    y = x * _tensor(mix.x, x)
-    for p, b in zip(run.history, mix.p, strict=False):
-        if not is_zero(b):
-            y = y + p * _tensor(b, x)
-    for slot, b in mix.m:
-        y = y + run.registers[slot] * _tensor(b, x)
-    for age, b in mix.z:
-        y = y + run.draws[age] * _tensor(b, x)
-    return y if is_zero(mix.one) else y + _tensor(mix.one, x)
+    terms: list[tuple[torch.Tensor, Coef]] = [(x, mix.x), *zip(run.history, mix.p, strict=False)]
+    terms += [(run.registers[slot], b) for slot, b in mix.m] + [(run.draws[age], b) for age, b in mix.z]
+    y: torch.Tensor | None = None
+    for value, b in terms:
+        if is_zero(b):
+            continue
+        if y is None:
+            y = value * _tensor(b, x)
+        elif isinstance(b, float):
+            y.add_(value, alpha=b)
+        else:
+            y.add_(value * _tensor(b, x))
+    y = torch.zeros_like(x) if y is None else y
+    return y if is_zero(mix.one) else y.add_(_tensor(mix.one, x))
 
 
 def _tensor(c: Coef, like: torch.Tensor) -> Any:
