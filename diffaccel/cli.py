@@ -48,8 +48,11 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _demo(args: argparse.Namespace) -> int:
+    import torch
+
     from .demo import demo
 
+    torch.set_num_threads(1)  # the models are so small that further threads cost more than they give
     demo(args.model, calls=args.calls, images=args.images, guidance=args.guidance, out=args.out, seed=args.seed)
     return 0
 
