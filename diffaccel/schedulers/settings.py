@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -65,15 +66,25 @@ def path_of(settings: Mapping[str, Any], *, mu: float | None = None) -> Path:
             shift_type=get("time_shift_type") or "exponential",
             terminal=get("shift_terminal"),
         )
-    values = get("trained_betas")
-    if values is None:
-        values = betas(get("beta_schedule"), get("beta_start") or 0.0, get("beta_end") or 0.0, steps)
-    how = get("interpolation") or "lam"
-    path = Path.vp(
-        values, zero_snr=bool(get("rescale_betas_zero_snr")), snr_shift=get("snr_shift_scale"), interpolation=how
+    trained = get("trained_betas")
+    schedule = (get("beta_schedule"), get("beta_start") or 0.0, get("beta_end") or 0.0, steps)
+    return _vp(
+        schedule if trained is None else tuple(trained),
+        bool(get("rescale_betas_zero_snr")),
+        get("snr_shift_scale"),
+        get("interpolation") or "lam",
+        get("lambda_min_clipped"),
     )
-    lowest = get("lambda_min_clipped")
-    return path if lowest is None or lowest == -math.inf else _clipped(path.alphas_cumprod, lowest, how)
+
+
+@lru_cache(maxsize=32)  # inpainting asks for the path at every step, and its tables take a millisecond
+def _vp(
+    values: tuple[Any, ...], zero_snr: bool, snr_shift: float | None, interpolation: str, lowest: float | None
+) -> Path:
+    """A VP path from its betas, or from the arguments of `betas`; paths are immutable, so one serves everybody."""
+    numbers = betas(*values) if values and isinstance(values[0], str) else values
+    path = Path.vp(numbers, zero_snr=zero_snr, snr_shift=snr_shift, interpolation=interpolation)
+    return path if lowest is None or lowest == -math.inf else _clipped(path.alphas_cumprod, lowest, interpolation)
 
 
 def _clipped(acp: np.ndarray, lowest: float, interpolation: str) -> Path:
