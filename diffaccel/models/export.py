@@ -123,14 +123,6 @@ def features(net, test: data.Split, out: Path) -> None:
     )
 
 
-def load_features(out: Path):
-    from safetensors.torch import load_model
-
-    net = nets.FashionFeatures().half()
-    load_model(net, str(_need("features", out) / "model.safetensors"))
-    return net.float().eval().requires_grad_(False)
-
-
 # ---------------------------------------------------------------- pipelines
 def vp_scheduler(**kw):
     """DDIM over 1000 steps, trailing spacing: with few calls the first call is then at the last training step."""
