@@ -256,6 +256,5 @@ def job_for(pipe: Any, name: str, images: int, seed: int, *, guidance: float = 4
     else:
         shape = (1, denoiser(pipe).config.in_channels, size // pipe.vae_scale_factor, size // pipe.vae_scale_factor)
         inputs = {"prompt": models.prompts(images, seed), "guidance_scale": guidance, "height": size, "width": size}
-        if name == "tiny-flow":
-            inputs["max_sequence_length"] = 1  # the stock default appends 256 zero tokens
+        inputs |= models.CALL_DEFAULTS.get(name, {})
     return Job(inputs, torch.cat([torch.randn(*shape, generator=g) for g in generators]))

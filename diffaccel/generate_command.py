@@ -109,13 +109,13 @@ def _generate(args: argparse.Namespace, world: World) -> Report:
     import diffusers
     import transformers
 
-    from . import painter
+    from . import models, painter
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     pipe = painter.load(args.model, args.dtype)
     pipe.scheduler = painter.scheduler_for(pipe.scheduler.config, type(pipe.scheduler), args.scheduler, options)
-    call = painter.CALL_DEFAULTS.get(args.model, {}) | call
+    call = models.CALL_DEFAULTS.get(args.model, {}) | call
     recipe = {
         "pipeline": type(pipe).__name__,
         "weights": painter.fingerprint(pipe),

@@ -20,8 +20,6 @@ from .parallel.generate import Painted, Task
 from .samplers.registry import samplers
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# the stock pipeline pads each prompt with 256 zero tokens, which this model was not trained with
-CALL_DEFAULTS: dict[str, dict[str, Any]] = {"tiny-flow": {"max_sequence_length": 1}}
 SAMPLE = 64  # values of each tensor that the hash of a checkpoint reads
 
 

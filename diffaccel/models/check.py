@@ -104,8 +104,7 @@ def generate(model: str, pipe, cell: Cell, first: int, count: int) -> torch.Tens
     if model == "tiny-pixel":
         x = pipe([m for m, _ in pairs], **options).images
         return ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    if model == "tiny-flow":
-        options["max_sequence_length"] = 1
+    options |= models.CALL_DEFAULTS.get(model, {})
     prompts = [words.caption(m, t) for m, t in pairs]
     z = pipe(prompts, guidance_scale=cell.guidance, height=cell.size, width=cell.size, **options).images
     return encoders.decode(pipe.vae, z)
