@@ -26,6 +26,14 @@ class RunError(DiffaccelError, RuntimeError):
     """The scheduler was driven in an order, or with values, that no run can have."""
 
 
+class ArtifactError(DiffaccelError, ValueError):
+    """A file that is no artifact, or an artifact of another checkpoint, path, shape or number of calls."""
+
+
+class ArtifactWarning(UserWarning):
+    """An artifact that may not fit: adapters it does not know, another guidance scale, other weights by request."""
+
+
 def one_of(what: str, value: object, known: Iterable[str]) -> str:
     """Return `value` if it is among `known`; else raise `OptionError` with the nearest names."""
     names = sorted(known)
