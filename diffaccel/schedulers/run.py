@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +16,8 @@ from ..core.node import Node
 from ..core.path import Nodes
 from ..core.prediction import Output, pair
 from ..core.table import Mix, Row, Table
-from ..core.trace import first_order
-from ..errors import OptionError, RunError
+from ..errors import RunError
+from ..samplers.begin import begin_at
 from ..samplers.registry import Sampler
 from .policy import Policy
 
@@ -102,37 +103,6 @@ class Run:
             setattr(twin, name, list(getattr(self, name)))
         twin.timesteps, twin.sigmas = self.timesteps.clone(), self.sigmas.clone()
         return twin
-
-
-def begin_at(table: Table, grid: Nodes, k: int, sampler: Sampler, options: dict[str, Any]) -> Table:
-    """The rows of a run that begins at row k of `table`, with no history.
-
-    The sampler's own rows begin at the next row that opens an interval; rows before it (the inner calls of an
-    interval that was cut) are first-order steps between the levels at which the model is called anyway.
-
-    Raises:
-        OptionError: if the sampler raises the noise between intervals (churn) from there on: such levels are no nodes
-            of the grid, so there is nowhere to begin.
-    """
-    opening = next((i for i in range(k, len(table)) if table.rows[i].opens), len(table))
-    if any(table.rows[i - 1].draws for i in range(max(k, 1), opening)):
-        raise OptionError(
-            f"sampler {table.sampler!r} adds noise between its intervals (churn), so a run cannot begin at call {k}; "
-            "for img2img and refiners use it without churn"
-        )
-    bridge = [_first_order_row(table.rows[i]) for i in range(k, opening)]
-    if opening == len(table):
-        return Table(tuple(bridge), table.sampler, table.options)
-    at = next(i for i, node in enumerate(grid) if node is table.rows[opening].node)
-    rest = sampler.trace(grid[at:], len(table) - opening, **options)
-    if [r.t for r in rest.rows] != [r.t for r in table.rows[opening:]]:
-        raise OptionError(f"sampler {table.sampler!r} cannot begin at call {k} of {len(table)}: its calls would move")
-    return Table((*bridge, *rest.rows), table.sampler, table.options)
-
-
-def _first_order_row(row: Row) -> Row:
-    a, b = first_order(row.node, row.next)
-    return Row(row.node, row.next, "x0", Mix(a, (b,)), row.t)
 
 
 # ---------------------------------------------------------------------- arithmetic
