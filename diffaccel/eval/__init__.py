@@ -25,7 +25,7 @@ _NAMES = {
     "paired": "pairs",
     "paired_difference": "pairs",
     "precision_recall": "manifold",
-    "read_prompts": "prompts",
+    "read_prompts": ".prompts",
     "stats": "stats_file",
 }
 
@@ -34,7 +34,7 @@ __all__ = list(_NAMES)
 
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
-        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+        return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import OptionError, no_leftover, one_of
+from ..prompts import read_prompts
 from .features import canonical, clip_features, clip_model, extract, projected
 from .images import open_images
-from .prompts import read_prompts
 from .score import Score, interval
 
 DEFAULT = "openai/clip-vit-base-patch16"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from eval_nets import coloured, tiny_clip
 
 from diffaccel.errors import OptionError
-from diffaccel.eval import clip, clip_score, features, open_images, read_prompts
+from diffaccel.eval import clip, clip_score, features, open_images
 
 X = coloured(6, size=32)
 WORDS = ["red coat", "blue dress on black", "a photo of a green bag", "shoe", "", "a sandal, white background"]
@@ -155,40 +154,3 @@ def test_skipped_images_are_refused(tmp_path: Path, model) -> None:
         clip_score(open_images(tmp_path, unreadable="skip"), WORDS, model=model)
     with pytest.raises(OptionError, match="takes no option 'unreadable'"):
         clip_score(tmp_path, WORDS, model=model, unreadable="skip")
-
-
-def test_prompt_files(tmp_path: Path) -> None:
-    pairs = [(2, "b"), (1, "a, 1"), (2, "x")]
-    coco = json.dumps({"annotations": [{"image_id": i, "caption": c} for i, c in pairs]})
-    files = {
-        "p.txt": "a, 1\r\nb\n",
-        "p.csv": 'n,prompt\n1,"a, 1"\n2,b\n',
-        "p.tsv": "caption\tn\na, 1\t1\nb\t2\n",
-        "p.json": '["a, 1", "b"]',
-        "coco.json": coco,
-        "p.jsonl": '{"prompt": "a, 1"}\n"b"\n',
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_bytes(text.encode())
-        assert read_prompts(tmp_path / name) == ["a, 1", "b"], name
-    (tmp_path / "gap.txt").write_text("a\n\nb\x0cc\n")
-    assert read_prompts(str(tmp_path / "gap.txt")) == ["a", "", "b\x0cc"]
-    bad = {
-        "empty.txt": (b"", "no prompts"),
-        "latin.txt": (b"a\nb\xe9\n", r"line 2: not UTF-8 \(byte 0xe9\)"),
-        "p2.csv": (b"text\na\n", "line 1: needs a column prompt or caption, it has text"),
-        "p2.json": (b'["a",\n', "line 2"),
-        "p3.json": (b"[1]", "neither a list of strings"),
-        "p2.jsonl": (b'"a"\n{"x": 1}\n', "line 2: neither"),
-        "p.docx": (b"", r"read from \.txt"),
-    }
-    for name, (data, message) in bad.items():
-        (tmp_path / name).write_bytes(data)
-        with pytest.raises(OptionError, match=message):
-            read_prompts(tmp_path / name)
-    with pytest.raises(OptionError, match="cannot read prompts"):
-        read_prompts(tmp_path / "absent.txt")
-    with pytest.raises(OptionError, match="no prompts in the list"):
-        read_prompts([])
-    with pytest.raises(OptionError, match="prompt 1 is int"):
-        read_prompts(["a", 3])
