@@ -16,11 +16,11 @@ def node_for(run: Run | None, path: Path, timesteps: torch.Tensor) -> list[Node]
 
     While a run is on, the pipeline means the level of the state that it holds (inpainting renoises to the node just
     reached); the counter tells it without reading the tensor, and tells repeated timesteps apart. Before the first
-    call of a run that was told where it begins, that node is meant. Otherwise each value is looked up: among the
-    run's timesteps, else on the path.
+    call of a run that was told where it begins, that node is meant. Otherwise, and when the run is over, each value is
+    looked up: among the run's timesteps, else on the path.
     """
     if run is not None:
-        if run.counter is not None and (run.counter < len(run) or timesteps.numel() == 1):
+        if run.counter is not None and run.counter < len(run):
             return [run.nodes[run.counter]]
         if run.counter is None and run.begin is not None:
             return [run.nodes[run.begin]]

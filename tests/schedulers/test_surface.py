@@ -46,7 +46,7 @@ def test_scale_noise_equals_flow_match_euler():
 
 
 def test_noise_follows_the_run():
-    """Before the first call the node that the run begins at, then the one just reached, at the end no noise."""
+    """Before the first call the node that the run begins at, then the one just reached; afterwards what is asked."""
     scheduler = make()
     scheduler.set_timesteps(4)
     t = scheduler.timesteps
@@ -60,7 +60,7 @@ def test_noise_follows_the_run():
     for k in t[1:]:
         x = scheduler.step(model(x, k), k, x)[0]
         levels.append(level())
-    assert levels == pytest.approx([n.sigma for n in nodes[1:]], rel=1e-6)
+    assert levels == pytest.approx([*(n.sigma for n in nodes[1:-1]), nodes[0].sigma], rel=1e-6)
     batch = scheduler.add_noise(0 * X, torch.ones_like(X), torch.tensor([0, 500, 999]))  # training goes on beside it
     assert (1 - batch[:, 0, 0, 0] ** 2).tolist() == pytest.approx(
         scheduler.alphas_cumprod[[0, 500, 999]].tolist(), rel=1e-4
