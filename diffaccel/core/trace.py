@@ -210,8 +210,14 @@ def trace_loop(
         raise OptionError(f"a run needs at least 2 nodes (1 interval), got {len(nodes)}")
     tracer = Tracer(nodes, space)
     result = _with_repeats(loop, tracer.start, nodes, tracer.predict, tracer.noise, options or {})
-    shown = {k: v for k, v in (options or {}).items() if k != "calls"}
+    # An option that is more than JSON can hold (statistics) has a label to be shown by.
+    shown = {k: getattr(v, "label", v) for k, v in (options or {}).items() if k != "calls"}
     return tracer.table(result, name, shown)
+
+
+def _shown(value: Any) -> Any:
+    """An option as JSON can hold it; objects (calibrated data) by their text."""
+    return value if value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)) else str(value)
 
 
 def run_loop(

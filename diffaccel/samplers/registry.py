@@ -8,16 +8,41 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..core.path import Nodes
-from ..core.prediction import Space
+from ..core.prediction import Space, convert
 from ..core.table import Table
 from ..core.trace import Loop, run_loop, trace_loop
 from ..errors import OptionError, no_leftover, one_of
 
 ENTRY_POINTS = "diffaccel.samplers"
 Options = Mapping[str, Any]
+
+
+class Calibrated(NamedTuple):
+    """How a sampler takes data that was calibrated on a checkpoint.
+
+    A scheduler with `artifact=FILE` loads the file, checks that kind and path fit, and passes `read(artifact)` to the
+    loop as the keyword `option`. A scheduler that has neither the artifact nor that option is an error that shows
+    `command`. The value may be any object that is not changed; its `str` stands for it in tables and `explain()`.
+
+    Args:
+        kind: of the artifact.
+        option: the loop's keyword. Its default (no calibration) is what the loop does when it is run by itself.
+        read: `read(artifact)` gives the option's value; `artifact` has `.tensors`, `.meta`, `.file`.
+        command: the command line that makes an artifact.
+        without: how to say that none is wanted, for the error's last line.
+        tensor: a tensor of the artifact of shape (n, *shape), `shape` being that of one sample or broadcastable to it;
+            a run on samples of another shape is an error. "" if there is none.
+    """
+
+    kind: str
+    option: str
+    read: Callable[[Any], Any]
+    command: str
+    without: str
+    tensor: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,6 +61,13 @@ class Sampler:
         stochastic: whether it draws noise with its default options.
         variants: the options that the checks run it with, beside the defaults.
         smooth: the grid on which `order` is measured: "lam" (uniform in lam) or "level" (uniform in sigma/alpha).
+        edits: `edit(table, nodes) -> table`, applied to the finished table (see `samplers.rewrite`).
+        begin: `begin(table, nodes, k, options) -> table`: the rows, before `edits`, of a run that begins at row k of
+            `table`, for samplers that a grid without its first nodes does not describe (see `samplers.begin`).
+        start: what the noise that a run begins with is multiplied by.
+        rewrites: names of the rewriters in it.
+        calibrated: how it takes calibrated data, if it does.
+        place: `place(nodes, options)` moves nodes before a run (returns them unchanged where they are right already).
     """
 
     name: str
@@ -47,6 +79,12 @@ class Sampler:
     stochastic: bool = False
     variants: tuple[Options, ...] = ()
     smooth: str = "lam"
+    edits: tuple[Callable[[Table, Nodes], Table], ...] = ()
+    begin: Callable[[Table, Nodes, int, dict[str, Any]], Table] | None = None
+    start: float = 1.0
+    rewrites: tuple[str, ...] = ()
+    place: Callable[[Nodes, Options], Nodes] | None = None
+    calibrated: Calibrated | None = None
     defaults: dict[str, Any] = field(init=False)
     counts_calls: bool = field(init=False)
 
@@ -55,6 +93,8 @@ class Sampler:
         keyword = {p.name: p.default for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
         if any(v is inspect.Parameter.empty for v in keyword.values()):
             raise OptionError(f"sampler {self.name!r}: each option of the loop needs a default")
+        if self.calibrated is not None and self.calibrated.option not in keyword:
+            raise OptionError(f"sampler {self.name!r}: its loop has no keyword {self.calibrated.option!r}")
         object.__setattr__(self, "counts_calls", "calls" in keyword)
         object.__setattr__(self, "defaults", {k: v for k, v in keyword.items() if k != "calls"})
 
@@ -89,20 +129,41 @@ class Sampler:
         return n
 
     # ------------------------------------------------------------------ use
+    def placed(self, nodes: Nodes, options: Options) -> Nodes:
+        """The nodes that a run with these (complete) options is made on."""
+        return nodes if self.place is None else self.place(nodes, options)
+
     def trace(self, nodes: Nodes, calls: int | None = None, **given: Any) -> Table:
         """The table on these nodes; `calls` limits the model calls of samplers that vary them."""
-        options = self.options(given)
-        extra = {"calls": calls} if self.counts_calls else {}
-        table = trace_loop(self.loop, nodes, space=self.space_of(options), name=self.name, options={**options, **extra})
+        nodes = self.placed(nodes, self.options(given))
+        table = self.edited(self.unedited(nodes, calls, **given), nodes)
         if calls is not None and len(table) != calls:
             raise OptionError(f"sampler {self.name!r} makes {len(table)} calls on {len(nodes)} nodes, not {calls}")
         return table
 
-    def run(self, x: Any, nodes: Nodes, predict: Any, noise: Any = None, calls: int | None = None, **given: Any) -> Any:
-        """The state at the last node, for arrays or tensors; see `core.trace.run_loop`."""
+    def unedited(self, nodes: Nodes, calls: int | None = None, **given: Any) -> Table:
+        """The table before `edits`."""
         options = self.options(given)
         extra = {"calls": calls} if self.counts_calls else {}
-        space = self.space_of(options)
+        return trace_loop(self.loop, nodes, space=self.space_of(options), name=self.name, options={**options, **extra})
+
+    def edited(self, table: Table, nodes: Nodes) -> Table:
+        """The table after `edits`."""
+        for edit in self.edits:
+            table = edit(table, nodes)
+        return table
+
+    def run(self, x: Any, nodes: Nodes, predict: Any, noise: Any = None, calls: int | None = None, **given: Any) -> Any:
+        """The state at the last node, for arrays or tensors; see `core.trace.run_loop`.
+
+        With `edits` the table is run: they are defined on rows.
+        """
+        if self.edits:
+            table = self.trace(nodes, calls, **given)
+            return table.apply(x, lambda state, node, space: convert(predict(state, node), space, state, node), noise)
+        options = self.options(given)
+        extra = {"calls": calls} if self.counts_calls else {}
+        space, nodes = self.space_of(options), self.placed(nodes, options)
         return run_loop(self.loop, x, nodes, predict, noise, space=space, options={**options, **extra})
 
 
@@ -120,6 +181,8 @@ def sampler(
     stochastic: bool = False,
     variants: tuple[Options, ...] = (),
     smooth: str = "lam",
+    place: Callable[[Nodes, Options], Nodes] | None = None,
+    calibrated: Calibrated | None = None,
 ) -> Callable[[Loop], Loop]:
     """Register a loop as a sampler; see `Sampler` for the arguments.
 
@@ -128,7 +191,21 @@ def sampler(
     """
 
     def register(loop: Loop) -> Loop:
-        add(Sampler(name, loop, order, space, paper, intervals, stochastic, variants, smooth))
+        add(
+            Sampler(
+                name,
+                loop,
+                order,
+                space,
+                paper,
+                intervals,
+                stochastic,
+                variants,
+                smooth,
+                place=place,
+                calibrated=calibrated,
+            )
+        )
         return loop
 
     return register

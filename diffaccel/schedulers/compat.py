@@ -35,7 +35,7 @@ NEAREST = {
     "flow": "FlowMatchEulerDiscreteScheduler",
     "edm": "EDMDPMSolverMultistepScheduler",
 }
-OURS = ("sampler", "sampler_options", "check_finite")  # constructor arguments that do not concern the path
+OURS = ("sampler", "sampler_options", "artifact", "check_finite")  # constructor arguments that do not concern the path
 
 
 def merged(cls: Any, config: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -82,7 +82,10 @@ def _sampler_settings(
         )
     kept = config.get("sampler_options") if before is known and "sampler_options" not in ours else None
     options = {**(kept or {}), **(ours.get("sampler_options") or {}), **loose}
-    return {"sampler": name or known.name, "sampler_options": options or None}
+    # the artifact of a config of ours goes with the sampler, and gives way to the option that it would fill in
+    filled = known.calibrated is not None and known.calibrated.option in options
+    artifact = ours.get("artifact", config.get("artifact") if before is known and not filled else None)
+    return {"sampler": name or known.name, "sampler_options": options or None, "artifact": artifact}
 
 
 def _complete(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:

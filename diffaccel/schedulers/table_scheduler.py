@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,11 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_c
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
+from ..artifact import Artifact
 from ..errors import OptionError, RunError, one_of
+from ..identity import check_model
 from ..samplers.registry import Sampler, get
+from .artifacts import beside, calibrated_options, check_sample, entry_of, saved_with
 from .compat import COMPATIBLES, NEAREST, merged
 from .from_config import BETA_KEYS, check, output_of, path_of
 from .guards import check_finite, first_call, numbers, only_neutral, output_for, state_for
@@ -59,6 +63,8 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
         sigma_min, sigma_max, sigma_data, edm_time: EDM: see `core.path.EDM`.
         sampler: a registered sampler (`diffaccel.samplers()`), "dpmpp" if None.
         sampler_options: its options.
+        artifact: for calibrated samplers: the file that `diffaccel calibrate ...` wrote, or an `Artifact`. The config
+            holds its name and checksum, `save_pretrained` puts the file beside the config.
         grid: a grid (`core.grid.GRIDS`), or None for the one that the path's origin uses.
         grid_options: its options.
         final_sigmas_type: "zero" or "sigma_min": where the run ends.
@@ -101,6 +107,7 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
         edm_time: str = "log",
         sampler: str | None = None,
         sampler_options: dict[str, Any] | None = None,
+        artifact: str | Artifact | dict[str, str] | None = None,
         grid: str | None = None,
         grid_options: dict[str, Any] | None = None,
         final_sigmas_type: str = "zero",
@@ -126,8 +133,13 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
 
     def _check(self) -> None:
         """Every option, at once: a wrong one must not wait for the first run."""
-        self._sampler()
         check(self.config)
+        self._artifact, self._filled = None, {}
+        found, _ = self._sampler()
+        chosen, given = self.config.sampler_options, self.config.artifact
+        self._artifact, self._filled = calibrated_options(found, chosen, given, self.config)
+        if self._artifact is not None:
+            self.register_to_config(artifact=entry_of(self._artifact))
         output_of(self.config)
         policy_of(self.config)
         one_of("check_finite", self.config.check_finite, ("cpu", "always", "never"))
@@ -142,12 +154,16 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
         Args:
             config: of any diffusers scheduler (`pipe.scheduler.config`), a plain dict, or one of ours.
             return_unused_kwargs: as in diffusers (nothing is ever unused: an unknown option is an error).
-            kwargs: arguments of the constructor, and options of the sampler (`order=3`).
+            kwargs: arguments of the constructor, and options of the sampler (`order=3`). With `artifact=`, also
+                `pipe=` (a pipeline or its denoiser): the artifact must be of this checkpoint; other weights are a
+                warning with `strict=False`.
 
         Raises:
             PathError: if the config does not prove a path; the message lists the keys it saw.
             OptionError: for an unknown option.
+            ArtifactError: for a missing artifact, or one that does not fit.
         """
+        pipe, strict = kwargs.pop("pipe", None), kwargs.pop("strict", None)
         if not isinstance(config, Mapping):
             raise OptionError(f"from_config needs a config (pipe.scheduler.config), got {type(config).__name__}")
         settings, foreign = merged(cls, config, kwargs)
@@ -155,7 +171,36 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
         made.register_to_config(**foreign)
         if not isinstance(config, FrozenDict):  # a config read from a file has no list of defaults; ours then has none
             made._internal_dict = FrozenDict({k: v for k, v in made.config.items() if k != "_use_default_values"})
+        if pipe is not None and made.artifact is not None:
+            check_model(made.artifact, pipe, strict=strict is not False)
+        elif pipe is not None or strict is not None:
+            raise OptionError("pipe= and strict= are for checking an artifact: pass artifact= and pipe= beside them")
         return (made, {}) if return_unused_kwargs else made
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """A scheduler that `save_pretrained` wrote, its artifact included; arguments as in diffusers.
+
+        Raises:
+            ArtifactError: if the artifact is not beside the config, or was changed.
+        """
+        config = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        saved = config.get("artifact")
+        if kwargs.get("artifact") is None and saved is not None:
+            found = Artifact.load(beside(saved, pretrained_model_name_or_path, subfolder, **kwargs))
+            kwargs["artifact"] = saved_with(found, saved)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `scheduler_config.json`, and the artifact beside it; arguments as in diffusers."""
+        if self._artifact is not None:
+            self._artifact.save(os.path.join(save_directory, self._artifact.file))
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @property
+    def artifact(self) -> Artifact | None:
+        """The calibrated data in use."""
+        return self._artifact
 
     @classmethod
     def _get_compatibles(cls) -> list[type]:
@@ -175,7 +220,7 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
         if fixed and asked not in (None, fixed):
             raise OptionError(f"{type(self).__name__} is the sampler {fixed!r}; use TableScheduler for {asked!r}")
         found = get(asked or fixed or "dpmpp")
-        return found, found.options(self.config.sampler_options or {})
+        return found, found.options({**(self.config.sampler_options or {}), **self._filled})
 
     # ------------------------------------------------------------------ a run
     def set_timesteps(
@@ -260,6 +305,7 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
             only_neutral(kwargs)
         run = self._runs.get()
         if run is None or run.counter is None:
+            check_sample(self._sampler()[0], self._artifact, sample)
             run = self._open(timestep)
         i: int = run.counter  # type: ignore[assignment]
         if i >= len(run):

@@ -1,0 +1,138 @@
+"""Artifacts of calibrated samplers: from a scheduler's config to the file and to the sampler's option, and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+
+from ..artifact import Artifact, check_path, check_shape
+from ..errors import ArtifactError, OptionError
+from ..samplers.registry import Calibrated, Sampler
+from .settings import path_of
+
+# A config names its artifact by file and checksum; within a process that is enough to find it again.
+_SEEN: WeakValueDictionary[str, Artifact] = WeakValueDictionary()
+
+
+def resolve(value: Any, kind: str) -> Artifact:
+    """The artifact that a user or a config means.
+
+    Args:
+        value: an `Artifact`, the path of one, or a config's entry {"file", "sha256"}.
+        kind: that is needed.
+
+    Raises:
+        ArtifactError: not found, of another kind, or not the one that the config was saved with.
+        OptionError: if it is none of these.
+    """
+    if isinstance(value, Artifact):
+        found = value.of_kind(kind)
+    elif isinstance(value, (str, os.PathLike)):
+        found = Artifact.load(value, kind)
+    elif isinstance(value, Mapping) and {"file", "sha256"} <= set(value):
+        found = _named(value, kind)
+    else:
+        raise OptionError(f"artifact must be a file or an Artifact, got {value!r}")
+    _SEEN[found.sha256] = found
+    return found
+
+
+def _named(entry: Mapping[str, Any], kind: str) -> Artifact:
+    """The artifact of a config's entry: one of this process, or a file that stands where the entry says."""
+    known = _SEEN.get(entry["sha256"])
+    if known is not None:
+        return known.of_kind(kind)
+    if not FilePath(entry["file"]).is_file():
+        raise ArtifactError(
+            f"this scheduler's config was saved with the artifact {entry['file']!r}, which is not here. It lies beside "
+            "scheduler_config.json of the saved pipeline; load that folder with from_pretrained, or pass artifact=FILE"
+        )
+    return saved_with(Artifact.load(entry["file"], kind), entry)
+
+
+def saved_with(found: Artifact, entry: Mapping[str, Any]) -> Artifact:
+    """The artifact itself, if it is the one that a config was saved with.
+
+    Raises:
+        ArtifactError: if it is another.
+    """
+    if found.sha256 != entry["sha256"]:
+        raise ArtifactError(
+            f"{found.file} is another artifact than the one that this config was saved with (checksum "
+            f"{found.sha256[:12]}, the config says {entry['sha256'][:12]}); pass artifact=FILE if you mean it"
+        )
+    return found
+
+
+def entry_of(artifact: Artifact) -> dict[str, str]:
+    """What a config holds of an artifact."""
+    return {"file": artifact.file, "sha256": artifact.sha256}
+
+
+def beside(entry: Mapping[str, Any], folder: Any, subfolder: str | None, **hub: Any) -> FilePath:
+    """The file of a config's entry in the folder, or the hub repository, that the config was read from.
+
+    Raises:
+        ArtifactError: if it is not there.
+    """
+    name = "/".join(part for part in (subfolder, entry["file"]) if part)
+    if not os.path.isdir(folder):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        known = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
+        try:
+            return FilePath(hf_hub_download(str(folder), name, **{k: v for k, v in hub.items() if k in known}))
+        except EntryNotFoundError:
+            raise ArtifactError(f"{folder} has a scheduler config that needs {name!r}, but not that file") from None
+    path = FilePath(folder) / name
+    if not path.is_file():
+        raise ArtifactError(
+            f"{path} is missing: the scheduler saved there was calibrated and needs it. Copy it from where the "
+            "pipeline was saved, or calibrate again"
+        )
+    return path
+
+
+def calibrated_options(sampler: Sampler, options: Mapping[str, Any] | None, artifact: Any, settings: Any) -> Any:
+    """(artifact, {option: value}) that the sampler's artifact fills in; (None, {}) where there is nothing to fill in.
+
+    Args:
+        options: the user's options of the sampler.
+        artifact: as `resolve` takes it, or None.
+        settings: normalized settings, for the path.
+
+    Raises:
+        OptionError: an artifact for a sampler that takes none, or beside the option that it fills in.
+        ArtifactError: a missing artifact, or one that does not fit.
+    """
+    takes: Calibrated | None = sampler.calibrated
+    if takes is None:
+        if artifact is not None:
+            raise OptionError(f"artifact= would have no effect: sampler {sampler.name!r} takes no calibrated data")
+        return None, {}
+    if takes.option in (options or {}):
+        if artifact is not None:
+            raise OptionError(
+                f"sampler {sampler.name!r} was given both artifact= and {takes.option}=, which the artifact fills in"
+            )
+        return None, {}
+    if artifact is None:
+        raise ArtifactError(
+            f"sampler {sampler.name!r} needs data calibrated on your checkpoint: artifact=FILE. Make it with\n"
+            f"  {takes.command}\n{takes.without}"
+        )
+    found = resolve(artifact, takes.kind)
+    check_path(found, path_of(settings), settings["prediction_type"])
+    return found, {takes.option: takes.read(found)}
+
+
+def check_sample(sampler: Sampler, artifact: Artifact | None, sample: torch.Tensor) -> None:
+    """Raise at the first call of a run if the artifact's data does not have the shape of a sample."""
+    if artifact is not None and sampler.calibrated is not None and sampler.calibrated.tensor:
+        check_shape(artifact, sampler.calibrated.tensor, tuple(sample.shape[1:]))
