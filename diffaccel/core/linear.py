@@ -53,6 +53,13 @@ def as_coef(value: Any) -> Coef:
     return out
 
 
+def fit(c: Coef, like: Any) -> Any:
+    """A coefficient in the array family of `like`: an array becomes a tensor beside a tensor, all else stays."""
+    if not isinstance(c, np.ndarray) or isinstance(like, (np.ndarray, Linear)):
+        return c
+    return like.new_tensor(c) if hasattr(like, "new_tensor") else c
+
+
 class Linear:
     """A linear combination of symbols. Supports + - and multiplication or division by numbers, nothing else."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import OptionError, PathError, one_of
-from .linear import Coef
+from .linear import Coef, fit
 from .node import Node
 
 SPACES = ("x0", "eps", "v", "flow")
@@ -140,4 +140,4 @@ def convert(prediction: Any, space: Space, x: Any, node: Node) -> Any:
     u, w = pair(Output(p.kind, p.sigma_data), space, node)
     if isinstance(u, float) and u == 0.0 and isinstance(w, float) and w == 1.0:
         return p.value
-    return x * u + p.value * w
+    return x * fit(u, x) + p.value * fit(w, x)

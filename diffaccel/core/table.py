@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import OptionError, RunError
-from .linear import Coef, is_zero
+from .linear import Coef, fit, is_zero
 from .node import Node
 from .prediction import Space
 
@@ -37,27 +37,20 @@ class Mix:
 
     def evaluate(self, x: Any, predictions: Any, registers: Any, draws: Any) -> Any:
         """The value of the combination for arrays or tensors."""
-        parts = [x * _fit(self.x, x)] if not is_zero(self.x) else []
-        parts += [predictions[j] * _fit(c, x) for j, c in enumerate(self.p) if not is_zero(c)]
-        parts += [registers[k] * _fit(c, x) for k, c in self.m]
-        parts += [draws[a] * _fit(c, x) for a, c in self.z]
+        parts = [x * fit(self.x, x)] if not is_zero(self.x) else []
+        parts += [predictions[j] * fit(c, x) for j, c in enumerate(self.p) if not is_zero(c)]
+        parts += [registers[k] * fit(c, x) for k, c in self.m]
+        parts += [draws[a] * fit(c, x) for a, c in self.z]
         total = parts[0] if parts else x * 0.0
         for part in parts[1:]:
             total = total + part
-        return total if is_zero(self.one) else total + _fit(self.one, x)
+        return total if is_zero(self.one) else total + fit(self.one, x)
 
     @property
     def scalar(self) -> bool:
         """Whether every coefficient is a plain number."""
         values = [self.x, self.one, *self.p, *(c for _, c in self.m), *(c for _, c in self.z)]
         return not any(isinstance(c, np.ndarray) for c in values)
-
-
-def _fit(c: Coef, like: Any) -> Any:
-    """A coefficient in the array family of `like` (numpy stays; for tensors the value is moved there)."""
-    if not isinstance(c, np.ndarray) or isinstance(like, np.ndarray):
-        return c
-    return like.new_tensor(c) if hasattr(like, "new_tensor") else c
 
 
 @dataclass(frozen=True, slots=True, eq=False)

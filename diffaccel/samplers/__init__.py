@@ -6,7 +6,7 @@ The package can be called: `diffaccel.samplers()` gives every registered sampler
 import sys
 from types import ModuleType
 
-from . import cps, ddim, deis, dpmpp, er_sde, ghvb, heun, lms, pndm, res_2m, sde, singlestep, unipc  # noqa: F401
+from . import cps, ddim, deis, dpm_v3, dpmpp, er_sde, ghvb, heun, lms, pndm, res_2m, sde, singlestep, unipc  # noqa: F401
 from .registry import Sampler
 from .registry import samplers as _samplers
 

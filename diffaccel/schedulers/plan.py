@@ -53,6 +53,7 @@ def plan(
 
 def run_on(nodes: Nodes, sampler: Sampler, options: dict[str, Any], calls: int, device: Any) -> Run:
     """A run on these nodes."""
+    nodes = sampler.placed(nodes, options)
     table = sampler.trace(nodes, calls, **options)
     fed = [row.t for row in table.rows]
     whole = nodes.path.family == "vp" and all(t == int(t) for t in fed)
