@@ -15,6 +15,7 @@ import diffusers
 import torch
 
 from .core.families import Flow
+from .drive import denoiser
 from .errors import OptionError
 from .schedulers import TableScheduler
 from .schedulers.from_config import read
@@ -62,15 +63,6 @@ class Outcome:
 
 
 # ---------------------------------------------------------------------- running
-def denoiser(pipe: Any) -> Any:
-    """The network that a pipeline calls at each step."""
-    for name in ("transformer", "unet"):
-        found = getattr(pipe, name, None)
-        if isinstance(found, torch.nn.Module):
-            return found
-    raise OptionError(f"{type(pipe).__name__} has neither a `unet` nor a `transformer`")
-
-
 @contextmanager
 def counted(pipe: Any) -> Iterator[list[int]]:
     """Count the forward passes of the denoiser: `with counted(pipe) as count: ...; count[0]`."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import ast
 import sys
-import traceback
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .errors import DiffaccelError, OptionError
+from .errors import OptionError
+from .ranked import run_ranked
 
 if TYPE_CHECKING:
     from .parallel.generate import Report
@@ -23,7 +24,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the command to the command line."""
     p = commands.add_parser("generate", help="images for many prompts and seeds, on one or many devices", epilog=EPILOG)
     p.add_argument("model", nargs="?", metavar="MODEL", help="tiny-sd, tiny-flow, tiny-pixel, a folder, or a hub id")
-    p.add_argument("--prompts", metavar="FILE", help=".txt, .csv, .tsv, .json or .jsonl")
+    p.add_argument(
+        "--prompts", metavar="FILE", help=".txt, .csv, .tsv, .json or .jsonl (a model of classes: all in turn)"
+    )
     p.add_argument("--out", metavar="DIR", help="folder to fill; a run that was stopped goes on there")
     p.add_argument("--calls", type=int, metavar="N", help="model calls an image, exactly (a guidance pair counts once)")
     p.add_argument("--seeds", metavar="0-99", help="an image for each; prompts in turn (default: one a prompt, from 0)")
@@ -47,49 +50,22 @@ def run(args: argparse.Namespace) -> int:
     """0: all images are there; 1: `--status` of an incomplete folder; 2: refused or failed; 130: stopped."""
     if args.status:
         return _status(args)
-    missing = [f"--{k}" for k in ("prompts", "out", "calls") if getattr(args, k) is None]
+    missing = [f"--{k}" for k in ("out", "calls") if getattr(args, k) is None]
     missing = [*([] if args.model else ["MODEL"]), *missing]
     if missing:
         raise OptionError(f"generate needs {', '.join(missing)}; see diffaccel generate --help")
-    if args.threads < 1:
-        raise OptionError(f"--threads is 1 or more, got {args.threads}")
-    from .parallel.world import WorldError, open_world
 
-    try:
-        world = open_world(cpu=args.cpu, threads=args.threads)
-    except WorldError as error:
-        if error.told:
-            return 2
-        raise
-    try:
+    def job(world: World) -> int:
         report = _generate(args, world)
         if world.rank == 0:
             _print(report, args.out)
         return 0
-    except KeyboardInterrupt:
-        if world.rank == 0:
-            print("\ndiffaccel: stopped; finished images are kept, the same command goes on", file=sys.stderr)
-        return 130
-    except Exception as error:
-        told = isinstance(error, WorldError) and error.told
-        if world.size == 1:
-            raise
-        if world.abort(_first_lines(error)) and not told:  # one report in all: by the rank that failed first
-            if not isinstance(error, DiffaccelError):
-                traceback.print_exc()
-            print(f"diffaccel: rank {world.rank} of {world.size}: {_first_lines(error)}", file=sys.stderr, flush=True)
-        return 2
-    finally:
-        world.close()
+
+    return run_ranked(job, cpu=args.cpu, threads=args.threads, processes=args.processes)
 
 
 def _generate(args: argparse.Namespace, world: World) -> Report:
     """Everything that a rank does."""
-    if args.processes is not None and args.processes != world.size:
-        raise OptionError(
-            f"--processes {args.processes} was asked for but {world.size} run; `accelerate launch --cpu "
-            "--num_processes P` starts one: use torchrun --nproc-per-node P"
-        )
     import torch
 
     from . import __version__
@@ -99,7 +75,8 @@ def _generate(args: argparse.Namespace, world: World) -> Report:
 
     # What is wrong in the command is found before minutes are spent on loading a model.
     check_verify(args.verify)
-    tasks = tasks_for(read_prompts(args.prompts), None if args.seeds is None else parse_seeds(args.seeds))
+    seeds = None if args.seeds is None else parse_seeds(args.seeds)
+    tasks = None if args.prompts is None else tasks_for(read_prompts(args.prompts), seeds)
     options, call = _options(args.option, "--option"), _options(args.call, "--call")
     for key, value in (("guidance_scale", args.guidance), ("height", args.height), ("width", args.width)):
         if value is not None:
@@ -109,17 +86,22 @@ def _generate(args: argparse.Namespace, world: World) -> Report:
     import diffusers
     import transformers
 
-    from . import models, painter
+    from . import drive, models, painter
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     pipe = painter.load(args.model, args.dtype)
+    if tasks is None:
+        tasks = tasks_for(_labels(pipe, seeds), seeds)
+    empty = sum(not task.prompt for task in tasks)
+    if empty and world.rank == 0:
+        print(f"generate: {empty} of {len(tasks)} images have an empty prompt", file=sys.stderr)
     pipe.scheduler = painter.scheduler_for(pipe.scheduler.config, type(pipe.scheduler), args.scheduler, options)
     call = models.CALL_DEFAULTS.get(args.model, {}) | call
     recipe = {
         "pipeline": type(pipe).__name__,
-        "weights": painter.fingerprint(pipe),
-        "scheduler": {"class": type(pipe.scheduler).__name__, "config": painter.plain_config(pipe.scheduler)},
+        "weights": drive.fingerprint(pipe),
+        "scheduler": {"class": type(pipe.scheduler).__name__, "config": drive.plain_config(pipe.scheduler)},
         "calls": args.calls,
         "call": call,
         "dtype": args.dtype,
@@ -144,11 +126,21 @@ def _generate(args: argparse.Namespace, world: World) -> Report:
         batch=args.batch,
         recipe=recipe,
         environment=environment,
-        scheduler=painter.scheduler_name(pipe.scheduler),
+        scheduler=drive.scheduler_name(pipe.scheduler),
         world=world,
         progress=world.rank == 0,
         verify=args.verify,
     )
+
+
+def _labels(pipe: Any, seeds: Sequence[int] | None) -> list[str]:
+    """Without prompts: the classes of a class-conditional model in turn, no more of them than images."""
+    from .drive import classes
+
+    number = classes(pipe)
+    if number is None:
+        raise OptionError(f"generate needs --prompts: {type(pipe).__name__} makes images of texts")
+    return [str(k) for k in range(number if seeds is None else min(number, len(seeds)))]
 
 
 def _print(report: Report, out: str) -> None:
@@ -189,8 +181,3 @@ def _options(texts: list[str], flag: str) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             found[key] = value
     return found
-
-
-def _first_lines(error: BaseException, most: int = 12) -> str:
-    text = str(error) if isinstance(error, DiffaccelError) else f"{type(error).__name__}: {error}"
-    return "\n".join(text.splitlines()[:most])

@@ -6,7 +6,8 @@ torchrun --nproc-per-node 4 examples/multi_gpu_generate.py --model stable-diffus
 
 import argparse
 
-from diffaccel.painter import Painter, fingerprint, load, plain_config
+from diffaccel.drive import fingerprint, plain_config
+from diffaccel.painter import Painter, load
 from diffaccel.parallel.generate import generate, tasks_for
 from diffaccel.parallel.world import open_world
 from diffaccel.schedulers import TableScheduler

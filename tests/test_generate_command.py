@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffaccel import painter
+from diffaccel import drive, models, painter
 from diffaccel.cli import main
 from diffaccel.errors import DiffaccelError, OptionError, RunError
 from diffaccel.parallel.generate import tasks_for, to_pixels
@@ -59,6 +59,34 @@ def test_calls_are_exact_and_images_depend_on_their_seed_alone(name, options):
     assert np.array_equal(both.images, again.images)
     other = painter.Painter(pipe, 4, options)(tasks_for(["a red fox", "a blue coat"], [0, 9]))
     assert np.array_equal(both.images[0], other.images[0]) and not np.array_equal(both.images[1], other.images[1])
+
+
+def test_classes_need_no_prompts(tmp_path, capsys):
+    build("dit").save_pretrained(tmp_path / "model")
+    given = ["generate", str(tmp_path / "model"), "--cpu", "--calls", "2", "--out", str(tmp_path / "out")]
+    assert main([*given, "--seeds", "3-7"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "images.jsonl").read_text().splitlines()]
+    assert [(r["prompt"], r["seed"]) for r in lines] == [(str(k), k + 3) for k in range(5)]
+
+
+def test_empty_prompts_are_made_and_counted(model, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a fox\n\na hat\n", encoding="utf-8")
+    given = ["generate", str(model), "--cpu", "--calls", "3", "--prompts", str(tmp_path / "p.txt")]
+    assert main([*given, "--out", str(tmp_path / "out"), "--height", "32", "--width", "32"]) == 0
+    said = capsys.readouterr()
+    assert "1 of 3 images have an empty prompt" in said.err and "is complete: 3 images" in said.out
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_the_embedded_models(name, tmp_path):
+    """Each makes images of what it is told, from the command alone."""
+    given = ["generate", name, "--cpu", "--calls", "2", "--out", str(tmp_path / "out"), "--seeds", "0-1"]
+    if name != "tiny-pixel":
+        (tmp_path / "p.txt").write_text("\n".join(models.prompts(2)), encoding="utf-8")
+        given += ["--prompts", str(tmp_path / "p.txt"), "--guidance", "4"]
+    assert main(given) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "images.jsonl").read_text().splitlines()]
+    assert len({r["sha256"] for r in lines}) == 2 and {(r["calls"], r["flaw"]) for r in lines} == {(2, None)}
 
 
 def test_class_labels():
@@ -119,10 +147,10 @@ def test_scheduler_names(name, options, kind):
     pipe = build("sd15")
     found = painter.scheduler_for(pipe.scheduler.config, type(pipe.scheduler), name, options)
     assert type(found).__name__ == kind
-    shown = painter.plain_config(found)
+    shown = drive.plain_config(found)
     assert all(shown.get(k, (shown.get("sampler_options") or {}).get(k)) == v for k, v in options.items())
     assert json.loads(json.dumps(shown)) == shown
-    assert painter.scheduler_name(found).startswith(kind)
+    assert drive.scheduler_name(found).startswith(kind)
 
 
 @pytest.mark.parametrize(
@@ -152,11 +180,11 @@ def test_pipelines_that_generate_cannot_drive():
 
 def test_a_fingerprint_sees_one_changed_weight():
     pipe = build("sd15")
-    before = painter.fingerprint(pipe)
-    assert painter.fingerprint(build("sd15")) == before != painter.fingerprint(build("sd15", seed=1))
+    before = drive.fingerprint(pipe)
+    assert drive.fingerprint(build("sd15")) == before != drive.fingerprint(build("sd15", seed=1))
     with torch.no_grad():
         next(pipe.vae.parameters()).view(-1)[0] += 1
-    assert painter.fingerprint(pipe) != before
+    assert drive.fingerprint(pipe) != before
 
 
 # ---------------------------------------------------------------------- the command
@@ -179,7 +207,8 @@ def test_a_run_and_its_status(command, tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, more, message",
     [
-        ({"prompts": None, "calls": None}, (), "generate needs --prompts, --calls"),
+        ({"out": None, "calls": None}, (), "generate needs --out, --calls"),
+        ({"prompts": None}, (), "generate needs --prompts: StableDiffusionPipeline makes images of texts"),
         ({"prompts": "nowhere.txt"}, (), "nowhere.txt: cannot read the prompts"),
         ({"seeds": "9-3"}, (), "runs backwards"),
         ({"seeds": "7"}, (), "the last 1 prompts would never be used"),
