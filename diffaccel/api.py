@@ -9,7 +9,8 @@ from .core.grid import nodes as _nodes
 from .core.node import Node
 from .core.path import Nodes, Path
 from .core.table import Table
-from .samplers.registry import Sampler, get
+from .samplers.registry import Sampler
+from .samplers.rewrite import rewritten
 
 
 def nodes(path: Path, calls: int, grid: str = "linspace_open", *, final: str = "zero", **options: Any) -> Nodes:
@@ -25,6 +26,7 @@ def sample(
     nodes: Nodes,
     noise: Callable[[Any], Any] | None = None,
     calls: int | None = None,
+    rewrite: Any = None,
     **options: Any,
 ) -> Any:
     """Run a sampler on arrays or tensors.
@@ -36,14 +38,21 @@ def sample(
         nodes: from `diffaccel.nodes`.
         noise: `noise(x)` gives a standard normal draw of the shape of x; needed by stochastic samplers.
         calls: total model calls, for samplers that can spend several on an interval.
+        rewrite: rewriters (`da.restart(...)`, ...), one or a list.
         options: of the sampler.
 
     Returns:
         The state at `nodes[-1]`.
     """
-    return get(sampler).run(x, nodes, predict, noise, calls, **options)
+    return rewritten(sampler, rewrite).run(x, nodes, predict, noise, calls, **options)
 
 
-def trace(sampler: str | Sampler, nodes: Nodes, *, calls: int | None = None, **options: Any) -> Table:
-    """The table of a sampler on these nodes: `t.describe()`, `t.to_json()`, `t.apply(...)`, `t == other`."""
-    return get(sampler).trace(nodes, calls, **options)
+def trace(
+    sampler: str | Sampler, nodes: Nodes, *, calls: int | None = None, rewrite: Any = None, **options: Any
+) -> Table:
+    """The table of a sampler on these nodes: `t.describe()`, `t.to_json()`, `t.apply(...)`, `t == other`.
+
+    With rewriters the nodes are those of the main loop; `rewritten(sampler, rewrite).intervals_of(calls)` tells how
+    many intervals `calls` model calls can take.
+    """
+    return rewritten(sampler, rewrite).trace(nodes, calls, **options)

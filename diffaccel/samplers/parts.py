@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from ..errors import OptionError, no_leftover, one_of
@@ -109,7 +110,7 @@ class Register:
             return []
         listed = [given] if isinstance(given, (Part, Mapping, str)) else list(given)
         parts = sorted((self._read(entry) for entry in listed), key=self._place)
-        for a, b in zip(parts, parts[1:], strict=False):
+        for a, b in pairwise(parts):
             if a.name == b.name:
                 raise OptionError(f"{self.what} {a.name!r} is listed twice: {a} and {b}")
         return parts
