@@ -18,10 +18,12 @@ _NAMES = {
     "Prediction": "core.prediction",
     "Table": "core.table",
     "carry": "core.linear",
+    "epsilon_scale": "samplers.epsilon_scale",
     "from_k_diffusion": "samplers.kdiffusion",
     "nodes": "api",
     "sample": "api",
     "trace": "api",
+    "rewriter": "samplers.rewrite",
     "sampler": "samplers.registry",
 }
 _SUBPACKAGES = ("samplers",)  # callable: `diffaccel.samplers()` lists them

@@ -25,11 +25,17 @@ PREDICTION_TYPES = {
 class Affine:
     """A space of its own: `P = x * state + eps * (noise prediction)`, with numbers or arrays of one sample's shape.
 
-    DPM-Solver-v3 combines such quantities (arXiv:2310.13268, Eq. 8).
+    DPM-Solver-v3 combines such quantities (arXiv:2310.13268, Eq. 8), and epsilon scaling makes them.
+
+    Args:
+        x, eps: the coefficients.
+        scale: what the noise prediction was divided by (epsilon scaling); `eps` has the quotient in it already, but
+            what else is made of this call (the x0 that policies see) needs to know.
     """
 
     x: Coef
     eps: Coef
+    scale: float = 1.0
 
 
 Space = str | Affine

@@ -254,7 +254,9 @@ def _mix_in(d: dict[str, Any]) -> Mix:
 
 
 def _row_out(r: Row) -> dict[str, Any]:
-    space = r.space if isinstance(r.space, str) else {"x": _coef_out(r.space.x), "eps": _coef_out(r.space.eps)}
+    space: Any = r.space
+    if not isinstance(r.space, str):
+        space = {"x": _coef_out(r.space.x), "eps": _coef_out(r.space.eps), "scale": r.space.scale}
     return {
         "node": list(r.node.key),
         "next": list(r.next.key),
@@ -270,7 +272,9 @@ def _row_out(r: Row) -> dict[str, Any]:
 def _row_in(d: dict[str, Any]) -> Row:
     from .prediction import Affine
 
-    space = d["space"] if isinstance(d["space"], str) else Affine(*(_coef_in(d["space"][k]) for k in ("x", "eps")))
+    space = d["space"]
+    if not isinstance(space, str):
+        space = Affine(_coef_in(space["x"]), _coef_in(space["eps"]), float(space.get("scale", 1.0)))
     registers = tuple((int(s), _mix_in(m)) for s, m in d["registers"])
     node, nxt = Node(*d["node"]), Node(*d["next"])
     return Row(node, nxt, space, _mix_in(d["out"]), float(d["t"]), registers, int(d["draws"]), bool(d["opens"]))

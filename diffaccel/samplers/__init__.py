@@ -7,6 +7,7 @@ import sys
 from types import ModuleType
 
 from . import cps, ddim, deis, dpm_v3, dpmpp, er_sde, ghvb, heun, lms, pndm, res_2m, sde, singlestep, unipc  # noqa: F401
+from . import epsilon_scale  # noqa: F401  (rewriters)
 from .registry import Sampler
 from .registry import samplers as _samplers
 

@@ -35,7 +35,8 @@ NEAREST = {
     "flow": "FlowMatchEulerDiscreteScheduler",
     "edm": "EDMDPMSolverMultistepScheduler",
 }
-OURS = ("sampler", "sampler_options", "artifact", "check_finite")  # constructor arguments that do not concern the path
+# constructor arguments that do not concern the path
+OURS = ("sampler", "sampler_options", "artifact", "rewrite", "check_finite")
 
 
 def merged(cls: Any, config: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -56,8 +57,9 @@ def merged(cls: Any, config: Mapping[str, Any], given: Mapping[str, Any]) -> tup
         # a config of ours states its grid, or that the path's own is meant: its foreign keys (`timestep_spacing`, often
         # a mere default of the class that the model came with) do not speak again
         settings |= {k: config.get(k) for k in ("grid", "grid_options") if not {k, "grid"} & set(to_path)}
-    if "check_finite" in ours or "check_finite" in config:
-        settings["check_finite"] = ours.get("check_finite", config.get("check_finite"))
+    for name in ("check_finite", "rewrite"):
+        if name in ours or name in config:
+            settings[name] = ours.get(name, config.get(name))
     if "source_class" in config:  # a config of ours: it knows where it came from, or that nobody knows
         settings["source_class"] = config["source_class"]
     settings["grid_options"] = settings.get("grid_options") or None

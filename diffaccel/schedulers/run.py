@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..core.linear import Coef, is_zero
 from ..core.node import Node
 from ..core.path import Nodes
-from ..core.prediction import Output, pair
+from ..core.prediction import Affine, Output, pair
 from ..core.table import Mix, Row, Table
 from ..errors import RunError
 from ..samplers.begin import begin_at
@@ -42,8 +41,12 @@ def compiled(row: Row, output: Output, policy: Policy | None) -> Compiled:
     Raises:
         PathError: if the output lacks what the row needs (an eps output at alpha = 0).
     """
-    again = pair(Output("x0"), row.space, row.node) if policy else None
-    to_p, to_x0 = pair(output, row.space, row.node), pair(output, "x0", row.node)
+    space, node = row.space, row.node
+    to_p, to_x0 = pair(output, space, node), pair(output, "x0", node)
+    again = pair(Output("x0"), space, node) if policy else None
+    if isinstance(space, Affine) and space.scale != 1:  # epsilon scaling: x0 comes from the scaled noise prediction
+        to_x0 = pair(output, Affine(1 / node.alpha, -node.sigma / (node.alpha * space.scale)), node)
+        again = pair(Output("x0"), Affine(space.x, space.eps * space.scale), node) if policy else None
     mix = row.out
     u, w = again or to_p
     direct = None

@@ -17,7 +17,9 @@ from diffusers.utils import BaseOutput
 from ..artifact import Artifact
 from ..errors import OptionError, RunError, one_of
 from ..identity import check_model
-from ..samplers.registry import Sampler, get
+from ..samplers.registry import Sampler
+from ..samplers.rewrite import read as read_rewrites
+from ..samplers.rewrite import rewritten
 from .artifacts import beside, calibrated_options, check_sample, entry_of, saved_with
 from .compat import COMPATIBLES, NEAREST, merged
 from .from_config import BETA_KEYS, check, output_of, path_of
@@ -63,6 +65,7 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
         sigma_min, sigma_max, sigma_data, edm_time: EDM: see `core.path.EDM`.
         sampler: a registered sampler (`diffaccel.samplers()`), "dpmpp" if None.
         sampler_options: its options.
+        rewrite: rewriters (`da.restart(...)`, ...), one or a list; the order of the list does not matter.
         artifact: for calibrated samplers: the file that `diffaccel calibrate ...` wrote, or an `Artifact`. The config
             holds its name and checksum, `save_pretrained` puts the file beside the config.
         grid: a grid (`core.grid.GRIDS`), or None for the one that the path's origin uses.
@@ -107,6 +110,7 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
         edm_time: str = "log",
         sampler: str | None = None,
         sampler_options: dict[str, Any] | None = None,
+        rewrite: Sequence[Any] | None = None,
         artifact: str | Artifact | dict[str, str] | None = None,
         grid: str | None = None,
         grid_options: dict[str, Any] | None = None,
@@ -128,6 +132,8 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
             self.register_to_config(prediction_type="flow_prediction" if path == "flow" else "epsilon")
         if sampler is None:
             self.register_to_config(sampler=self.sampler_name or "dpmpp")  # so that a config says it all
+        if rewrite is not None:
+            self.register_to_config(rewrite=[part.to_config() for part in read_rewrites(rewrite)] or None)
         self._runs = PerThread()
         self._check()
 
@@ -219,7 +225,7 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
         fixed, asked = self.sampler_name, self.config.sampler
         if fixed and asked not in (None, fixed):
             raise OptionError(f"{type(self).__name__} is the sampler {fixed!r}; use TableScheduler for {asked!r}")
-        found = get(asked or fixed or "dpmpp")
+        found = rewritten(asked or fixed or "dpmpp", self.config.rewrite)
         return found, found.options({**(self.config.sampler_options or {}), **self._filled})
 
     # ------------------------------------------------------------------ a run
