@@ -27,7 +27,14 @@ _NAMES = {
     "sampler": "samplers.registry",
 }
 _SUBPACKAGES = ("samplers",)  # callable: `diffaccel.samplers()` lists them
-_SCHEDULERS = ("CPSScheduler", "GHVBScheduler", "TableScheduler", "TableSchedulerOutput", "UniPCScheduler")
+_SCHEDULERS = (
+    "CPSScheduler",
+    "DPMSolverV3Scheduler",
+    "GHVBScheduler",
+    "TableScheduler",
+    "TableSchedulerOutput",
+    "UniPCScheduler",
+)
 _DIFFUSERS = ("SchedulerMixin", "ModelMixin", "DiffusionPipeline")  # diffusers looks these up on our module
 
 __all__ = ["__version__", *_NAMES, *_SUBPACKAGES, *_SCHEDULERS]

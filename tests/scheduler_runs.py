@@ -47,7 +47,13 @@ def label(value: Any) -> str | None:
 
 
 def make(path: str = "sd15", sampler: str = "dpmpp", settings: Mapping[str, Any] | None = None, **options: Any) -> Any:
-    """A `TableScheduler` on one of `PATHS`; `settings` are of the scheduler, `options` of the sampler."""
+    """A `TableScheduler` on one of `PATHS`; `settings` are of the scheduler, `options` of the sampler.
+
+    Calibrated samplers are run without calibration unless the options say otherwise.
+    """
+    known = samplers()[sampler]
+    if known.calibrated is not None:
+        options = {known.calibrated.option: known.defaults[known.calibrated.option]} | options
     return TableScheduler(**{**PATHS[path], **(settings or {})}, sampler=sampler, sampler_options=options)
 
 

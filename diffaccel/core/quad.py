@@ -108,14 +108,11 @@ class Ems:
             h.update(f"{name}{value.shape}".encode() + np.ascontiguousarray(value, dtype="<f8").tobytes())
         return h.hexdigest()
 
-    @property
-    def label(self) -> str:
-        """What it is, in a line; stands for the numbers where options are displayed or written as JSON."""
-        shape = "x".join(map(str, self.shape)) or "scalar"
-        return f"{len(self.lam)} nodes, lam {self.lam[0]:.3g}..{self.lam[-1]:.3g}, {shape}, sha256 {self.digest[:12]}"
-
     def __repr__(self) -> str:
-        return f"<Ems: {self.label}>"
+        """Stands for the numbers where options are displayed or written as JSON."""
+        shape = "x".join(map(str, self.shape)) or "scalar"
+        lams = f"lam {self.lam[0]:.3g}..{self.lam[-1]:.3g}"
+        return f"<Ems: {len(self.lam)} nodes, {lams}, {shape}, sha256 {self.digest[:12]}>"
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Ems) and self.digest == other.digest)

@@ -210,8 +210,7 @@ def trace_loop(
         raise OptionError(f"a run needs at least 2 nodes (1 interval), got {len(nodes)}")
     tracer = Tracer(nodes, space)
     result = _with_repeats(loop, tracer.start, nodes, tracer.predict, tracer.noise, options or {})
-    # An option that is more than JSON can hold (statistics) has a label to be shown by.
-    shown = {k: getattr(v, "label", v) for k, v in (options or {}).items() if k != "calls"}
+    shown = {k: _shown(v) for k, v in (options or {}).items() if k != "calls"}
     return tracer.table(result, name, shown)
 
 

@@ -16,10 +16,11 @@ from ..core.prediction import Affine
 from ..core.quad import Ems, Step
 from ..errors import OptionError, one_of
 from .common import check_order, finite, intervals, lead, order_at
-from .registry import sampler
+from .registry import Calibrated, sampler
 
 CORRECTORS = ("same", "plus")
 PSEUDO = ("predictor", "corrector")
+NO_STATISTICS = Ems.data_prediction()  # one, because it remembers its integrals
 
 
 class Sum(NamedTuple):
@@ -39,12 +40,12 @@ class Done(NamedTuple):
 
 
 def _order(order: int = 2, corrector: str | None = "plus", pseudo: Sequence[str] = (), **_: Any) -> int:
-    """A pseudo derivative is of first order, whatever number of nodes it has: two in all."""
+    """With pseudo derivatives a step is of order 2 at most; the corrector adds at most one."""
     predicted = min(order, 2) if "predictor" in pseudo else order
-    if corrector is None:
+    points = order + (corrector == "plus")
+    if corrector is None or points == 1:
         return predicted
-    corrected = order + (corrector == "plus")
-    return max(predicted, min(corrected, 2) if "corrector" in pseudo else corrected)
+    return min(predicted + 1, min(points, 2) if "corrector" in pseudo else points)
 
 
 def snapped(nodes: Nodes, options: Mapping[str, Any]) -> Nodes:
@@ -76,7 +77,22 @@ def snapped(nodes: Nodes, options: Mapping[str, Any]) -> Nodes:
     order=_order,
     paper="arXiv:2310.13268, Eq. 11 and Algorithm 1",
     place=snapped,
-    variants=(),
+    calibrated=Calibrated(
+        kind="ems",
+        option="statistics",
+        read=lambda artifact: Ems(*(artifact.tensors[name] for name in ("lam", "l", "s", "b"))),
+        command="diffaccel calibrate ems MODEL --out ems.safetensors",
+        without='Say statistics="none" to run it without them (l = 1, s = b = 0: a data-prediction solver).',
+        tensor="l",
+    ),
+    variants=(
+        {"order": 1, "lower_order_final": False},
+        {"order": 2, "corrector": "same", "lower_order_final": False},
+        {"order": 2, "pseudo": ["corrector"], "lower_order_final": False},
+        {"order": 3, "corrector": None, "pseudo": ["predictor"], "lower_order_final": False},
+        {"order": 3, "corrector": "same", "lower_order_final": False},
+        {"order": 3, "lower_order_final": False},
+    ),
 )
 def dpm_v3(
     x: Any,
@@ -146,7 +162,7 @@ def _statistics(statistics: Any, quadrature: str) -> Ems:
             f"sampler 'dpm_v3': quadrature={quadrature!r} integrates on the nodes of the statistics, but statistics "
             "is 'none'"
         )
-    return Ems.data_prediction()
+    return NO_STATISTICS
 
 
 def _pseudo(pseudo: Any, corrector: str | None) -> tuple[str, ...]:

@@ -1,6 +1,13 @@
 """Drop-in schedulers for diffusers pipelines: one table-driven `step()`, and presets of it."""
 
-from .presets import CPSScheduler, GHVBScheduler, UniPCScheduler
+from .presets import CPSScheduler, DPMSolverV3Scheduler, GHVBScheduler, UniPCScheduler
 from .table_scheduler import TableScheduler, TableSchedulerOutput
 
-__all__ = ["CPSScheduler", "GHVBScheduler", "TableScheduler", "TableSchedulerOutput", "UniPCScheduler"]
+__all__ = [
+    "CPSScheduler",
+    "DPMSolverV3Scheduler",
+    "GHVBScheduler",
+    "TableScheduler",
+    "TableSchedulerOutput",
+    "UniPCScheduler",
+]

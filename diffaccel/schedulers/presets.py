@@ -14,6 +14,17 @@ class UniPCScheduler(TableScheduler):
 
 
 @public
+class DPMSolverV3Scheduler(TableScheduler):
+    """DPM-Solver-v3 (arXiv:2310.13268) with the statistics of `diffaccel calibrate ems`: `artifact=FILE`.
+
+    Options `order`, `corrector`, `pseudo`, `lower_order_final`, `corrector_range`, `snap`, `quadrature`; without an
+    artifact `statistics="none"` must be said.
+    """
+
+    sampler_name = "dpm_v3"
+
+
+@public
 class GHVBScheduler(TableScheduler):
     """Generalised heavy-ball momentum (arXiv:2307.11118): options `order`, `kind`, `weights`."""
 
