@@ -6,8 +6,24 @@ The package can be called: `diffaccel.samplers()` gives every registered sampler
 import sys
 from types import ModuleType
 
-from . import cps, ddim, deis, dpm_v3, dpmpp, er_sde, ghvb, heun, lms, pndm, res_2m, sde, singlestep, unipc  # noqa: F401
-from . import epsilon_scale  # noqa: F401  (rewriters)
+from . import (  # noqa: F401
+    cps,
+    dc,
+    ddim,
+    deis,
+    dpm_v3,
+    dpmpp,
+    epsilon_scale,
+    er_sde,
+    ghvb,
+    heun,
+    lms,
+    pndm,
+    res_2m,
+    sde,
+    singlestep,
+    unipc,
+)
 from .registry import Sampler
 from .registry import samplers as _samplers
 
