@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ..core.node import Node, step
@@ -77,6 +77,21 @@ def unipc(
             space there is none then, nor after a step longer than `common.LONG`.
         lower_order_final: one order less towards the last nodes (advised below 15 calls).
     """
+    return pair(x, nodes, predict, None, order, variant, space, corrector, lower_order_final)
+
+
+def pair(
+    x: Any,
+    nodes: Nodes,
+    predict: Any,
+    settle: Callable[[Node, Any], Any] | None,
+    order: int,
+    variant: str,
+    space: str,
+    corrector: bool | Sequence[int],
+    lower_order_final: bool,
+) -> Any:
+    """The loop of `unipc`; `settle(node, P)` gives what is kept of a prediction once the corrector has used it."""
     check_order("unipc", order, 4)
     one_of("variant", variant, VARIANTS)
     one_of("space", space, SPACES)
@@ -93,6 +108,8 @@ def unipc(
         elif done is not None:
             x = x + correction(done, p, space, variant)
         start = done = None
+        if settle is not None and here == space:
+            p = settle(s, p)
         x = lead(x, p, s, t, here)
         corrected = off is not None and i not in off
         if not finite(s) or t.sigma == 0:  # of first order, and no part of the history
