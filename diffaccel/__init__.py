@@ -21,14 +21,17 @@ _NAMES = {
     "epsilon_scale": "samplers.epsilon_scale",
     "from_k_diffusion": "samplers.kdiffusion",
     "nodes": "api",
+    "paradigms": "pipelines.picard",
     "sample": "api",
     "trace": "api",
+    "restart": "samplers.restart",
     "rewriter": "samplers.rewrite",
     "sampler": "samplers.registry",
 }
 _SUBPACKAGES = ("samplers",)  # callable: `diffaccel.samplers()` lists them
 _SCHEDULERS = (
     "CPSScheduler",
+    "DCSolverScheduler",
     "DPMSolverV3Scheduler",
     "GHVBScheduler",
     "TableScheduler",

@@ -46,14 +46,18 @@ def label(value: Any) -> str | None:
     return ",".join(f"{k}={v}" for k, v in value.items()) or "default" if isinstance(value, dict) else None
 
 
+def uncalibrated(sampler: str | None) -> dict[str, Any]:
+    """The option that says that a calibrated sampler is meant without calibration; {} for others."""
+    known = samplers()[sampler or "dpmpp"]
+    return {} if known.calibrated is None else {known.calibrated.option: known.defaults[known.calibrated.option]}
+
+
 def make(path: str = "sd15", sampler: str = "dpmpp", settings: Mapping[str, Any] | None = None, **options: Any) -> Any:
     """A `TableScheduler` on one of `PATHS`; `settings` are of the scheduler, `options` of the sampler.
 
     Calibrated samplers are run without calibration unless the options say otherwise.
     """
-    known = samplers()[sampler]
-    if known.calibrated is not None:
-        options = {known.calibrated.option: known.defaults[known.calibrated.option]} | options
+    options = uncalibrated(sampler) | options
     return TableScheduler(**{**PATHS[path], **(settings or {})}, sampler=sampler, sampler_options=options)
 
 

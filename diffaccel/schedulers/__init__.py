@@ -1,10 +1,11 @@
 """Drop-in schedulers for diffusers pipelines: one table-driven `step()`, and presets of it."""
 
-from .presets import CPSScheduler, DPMSolverV3Scheduler, GHVBScheduler, UniPCScheduler
+from .presets import CPSScheduler, DCSolverScheduler, DPMSolverV3Scheduler, GHVBScheduler, UniPCScheduler
 from .table_scheduler import TableScheduler, TableSchedulerOutput
 
 __all__ = [
     "CPSScheduler",
+    "DCSolverScheduler",
     "DPMSolverV3Scheduler",
     "GHVBScheduler",
     "TableScheduler",

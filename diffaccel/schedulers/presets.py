@@ -25,6 +25,17 @@ class DPMSolverV3Scheduler(TableScheduler):
 
 
 @public
+class DCSolverScheduler(TableScheduler):
+    """DC-Solver (arXiv:2409.03755): UniPC with the ratios of `diffaccel calibrate dc`: `artifact=FILE`.
+
+    The artifact brings its sampler options and grid. Options `cpr`, `guidance`, `dc_order` and those of UniPC; without
+    an artifact `ratios="none"` or a list must be said.
+    """
+
+    sampler_name = "dc"
+
+
+@public
 class GHVBScheduler(TableScheduler):
     """Generalised heavy-ball momentum (arXiv:2307.11118): options `order`, `kind`, `weights`."""
 

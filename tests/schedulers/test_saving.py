@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines import pipeline_loading_utils as loading
-from scheduler_runs import PATHS, SD, loop, make, noise, sampled
+from scheduler_runs import PATHS, SD, loop, make, noise, sampled, uncalibrated
 
 import diffaccel.schedulers
 from diffaccel import TableScheduler
@@ -25,7 +25,7 @@ from diffaccel.testing.pipelines import build, call_kwargs
 PRESETS = [c for c in vars(diffaccel.schedulers).values() if isinstance(c, type) and issubclass(c, TableScheduler)]
 NAMED = [c for c in PRESETS if c.sampler_name]
 # folder -> (pipeline, class, options of from_config)
-SAVED = {cls.__name__: ("dit", cls, {}) for cls in NAMED} | {
+SAVED = {cls.__name__: ("dit", cls, uncalibrated(cls.sampler_name)) for cls in NAMED} | {
     "sd15": ("sd15", TableScheduler, {"sampler": "dpmpp", "order": 3, "grid": "uniform_lambda"}),
     "flux": ("flux", TableScheduler, {"sampler": "heun", "clock": "flow"}),
     "wan": ("wan", UniPCScheduler, {"order": 3, "grid": "karras", "grid_options": {"rho": 5.0}}),
@@ -121,7 +121,7 @@ def same(a, b, **run):
 @pytest.mark.parametrize("cls", PRESETS)
 @pytest.mark.parametrize("path", PATHS)
 def test_config_through_a_file(cls, path, tmp_path):
-    scheduler = cls(**PATHS[path])
+    scheduler = cls(**PATHS[path], sampler_options=uncalibrated(cls.sampler_name) or None)
     twin = reloaded(scheduler, tmp_path)
     public = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
     assert {k: v for k, v in twin.config.items() if k != "_use_default_values"} == public
