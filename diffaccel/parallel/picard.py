@@ -95,17 +95,8 @@ class Picard:
     sweeps: list[Sweep] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        one_of("rule", self.rule, RULES)
-        if self.rule == "official" and self.space is not None:
-            raise OptionError("space has no effect with rule='official', which holds whole increments fixed")
-        self.space = one_of("space", self.space or "v", SPACES)
-        self.window = len(self.table) if self.window is None else self.window
-        for name in ("window", "opening"):
-            rows = getattr(self, name)
-            if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
-                raise OptionError(f"{name} is a number of rows in a batch, an integer of 1 or more; got {rows!r}")
-        if not (isinstance(self.tol, (int, float)) and 0 <= self.tol < math.inf):
-            raise OptionError(f"tol must be a finite number of 0 or more, got {self.tol!r}")
+        check_options(self.window, self.tol, self.space, self.rule, self.opening)
+        self.space, self.window = self.space or "v", self.window or len(self.table)
         if self.table.stochastic and self.noise is None:
             raise RunError(f"the table of {self.table.sampler!r} draws noise: pass noise=")
         self._official = self.rule == "official"
@@ -213,6 +204,25 @@ class Picard:
         """Whether any sample of state n still moves."""
         square = float(((new - old) ** 2).reshape(len(new), -1).mean(1).max())
         return square > self.tol**2 * self._variances[n]
+
+
+def check_options(
+    window: int | None = None,
+    tol: float = 0.1,
+    space: str | None = None,
+    rule: str = "scan",
+    opening: int | None = None,
+) -> None:
+    """Raise `OptionError` for options of `Picard` that are out of range or without effect."""
+    one_of("rule", rule, RULES)
+    if rule == "official" and space is not None:
+        raise OptionError("space has no effect with rule='official', which holds whole increments fixed")
+    one_of("space", space or "v", SPACES)
+    for name, rows in (("window", window), ("opening", opening)):
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
+            raise OptionError(f"{name} is a number of rows in a batch, an integer of 1 or more; got {rows!r}")
+    if not (isinstance(tol, (int, float)) and 0 <= tol < math.inf):
+        raise OptionError(f"tol must be a finite number of 0 or more, got {tol!r}")
 
 
 def picard(
