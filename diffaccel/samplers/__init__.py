@@ -20,8 +20,10 @@ from . import (  # noqa: F401
     lms,
     pndm,
     res_2m,
+    restart,
     sde,
     singlestep,
+    skip,
     unipc,
 )
 from .registry import Sampler
