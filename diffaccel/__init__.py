@@ -33,6 +33,7 @@ _SCHEDULERS = (
     "CPSScheduler",
     "DCSolverScheduler",
     "DPMSolverV3Scheduler",
+    "FittedScheduler",
     "GHVBScheduler",
     "TableScheduler",
     "TableSchedulerOutput",

@@ -15,6 +15,7 @@ from . import (  # noqa: F401
     dpmpp,
     epsilon_scale,
     er_sde,
+    fitted,
     ghvb,
     heun,
     lms,

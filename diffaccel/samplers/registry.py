@@ -35,6 +35,7 @@ class Calibrated(NamedTuple):
         without: how to say that none is wanted, for the error's last line.
         tensor: a tensor of the artifact of shape (n, *shape), `shape` being that of one sample or broadcastable to it;
             a run on samples of another shape is an error. "" if there is none.
+        nodes: whether the artifact decides the nodes: a grid, sigmas or timesteps of the user's own are an error.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Calibrated(NamedTuple):
     command: str
     without: str
     tensor: str = ""
+    nodes: bool = False
 
 
 @dataclass(frozen=True)

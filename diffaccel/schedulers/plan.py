@@ -47,6 +47,7 @@ def plan(
     if timesteps is None and (sigmas is None or _is_default_ramp(path, sigmas)):
         nodes = grid_nodes(path, n, grid, final=final, **grid_options)
     else:
+        refuse_nodes(sampler, options, "sigmas" if timesteps is None else "timesteps")
         nodes = _given(path, n, calls, sigmas, timesteps, final)
     return run_on(nodes, sampler, options, calls, device)
 
@@ -65,8 +66,19 @@ def run_on(nodes: Nodes, sampler: Sampler, options: dict[str, Any], calls: int, 
     return run
 
 
+def refuse_nodes(sampler: Sampler, options: Mapping[str, Any], what: str) -> None:
+    """Raise if the sampler's artifact decides the nodes, so that `what` would have no effect."""
+    takes = sampler.calibrated
+    if takes is not None and takes.nodes and options.get(takes.option) is not None:
+        raise OptionError(
+            f"{what}: the nodes of sampler {sampler.name!r} belong to its artifact; leave them out, and give only the "
+            "number of calls"
+        )
+
+
 def edited(run: Run, sampler: Sampler, options: dict[str, Any]) -> Run:
     """The run again, on the values that somebody wrote into `scheduler.sigmas` after set_timesteps."""
+    refuse_nodes(sampler, options, "edits of scheduler.sigmas")
     path, values = run.grid.path, [float(s) for s in run.sigmas]
     if len(run.grid) != len(values):
         raise OptionError(

@@ -47,3 +47,10 @@ class CPSScheduler(TableScheduler):
     """Coefficients-preserving stochastic sampling (arXiv:2509.05952): option `eta`."""
 
     sampler_name = "cps"
+
+
+@public
+class FittedScheduler(TableScheduler):
+    """A table fitted to the checkpoint by `diffaccel calibrate fit`: `artifact=FILE`, which decides the nodes too."""
+
+    sampler_name = "fitted"
