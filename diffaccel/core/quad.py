@@ -193,7 +193,8 @@ class Ems:
         big_l, big_s = _cumulative(h * (l[:-1] + l[1:]) / 2), _cumulative(h * (s[:-1] + s[1:]) / 2)
         rule = _trapezoid if self.quadrature == "trapezoid" else _gauss
         beta, moments, drift = rule(u - start, h, (l, s, b), big_l, big_s)
-        return Step(*(as_coef(v) for v in (big_l[-1], big_s[-1], beta)), tuple(map(as_coef, moments)), as_coef(drift))
+        dl, ds = as_coef(big_l[-1]), as_coef(big_s[-1])
+        return Step(dl, ds, as_coef(beta), tuple(as_coef(v) for v in moments), as_coef(drift))
 
 
 Parts = tuple[np.ndarray, list[np.ndarray], np.ndarray]  # beta at the end, the moments, the drift

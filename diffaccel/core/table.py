@@ -118,6 +118,11 @@ class Table:
         mixes = [m for r in self.rows for m in (r.out, *(m for _, m in r.registers))]
         return max([0, *(a + 1 for m in mixes for a, _ in m.z)])
 
+    @cached_property
+    def scalar(self) -> bool:
+        """Whether every coefficient is a plain number (else some have the shape of one sample)."""
+        return all(mix.scalar for row in self.rows for mix in (row.out, *(m for _, m in row.registers)))
+
     @property
     def stochastic(self) -> bool:
         """Whether any row draws noise."""

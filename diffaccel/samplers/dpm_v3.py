@@ -111,7 +111,7 @@ def dpm_v3(
 ) -> Any:
     """`x_t/alpha_t = e^(L_s - L_t) (x_s/alpha_s - sum_k E_k g^(k) - J)`: g is f without what s and b explain.
 
-    What is combined is `f = (sigma eps - l x)/alpha`; coefficients have the shape of the statistics. A step to
+    What is combined is `-f = (l x - sigma eps)/alpha`; coefficients have the shape of the statistics. A step to
     sigma = 0 or from alpha = 0 is of first order in data space. The corrector is an increment on the state that the
     model saw, so edits made between steps survive; the model is not called again after it.
 
@@ -137,10 +137,10 @@ def dpm_v3(
         if not finite(s) or t.sigma == 0:
             x, done = lead(x, predict(x, s, space="x0"), s, t, "x0"), None
             continue
-        f = predict(x, s, space=space(ems, s))
+        p = predict(x, s, space=space(ems, s))
         if done is not None:
-            x = plus(x, *correction(done, f, ems, corrector == "plus", "corrector" in pseudo))
-        past = [(s, f), *past][:order]
+            x = plus(x, *correction(done, p, ems, corrector == "plus", "corrector" in pseudo))
+        past = [(s, p), *past][:order]
         used = past[: order_at(i, n, order, len(past) - 1, lower_final=lower_order_final)]
         a, added = weights(ems, s, t, [node for node, _ in used], "predictor" in pseudo)
         corrected = corrector == "plus" or (corrector == "same" and len(used) > 1)
@@ -188,10 +188,10 @@ def _range(given: Any, corrector: str | None) -> tuple[float, float]:
 
 # ---------------------------------------------------------------------- coefficients
 def space(ems: Ems, s: Node) -> Affine:
-    """Of `f = (sigma eps - l x)/alpha` at a node."""
+    """Of `(l x - sigma eps)/alpha` at a node: the paper's f (Eq. 8) with its sign changed, so that l = 1 gives x0."""
     ems.need(s.lam)
     l = ems.at(s.lam)[0]
-    return Affine(-l / s.alpha if l.shape else float(-l / s.alpha), s.sigma / s.alpha)
+    return Affine(as_coef(l / s.alpha), -s.sigma / s.alpha)
 
 
 def weights(ems: Ems, s: Node, t: Node, points: Sequence[Node], pseudo: bool) -> tuple[Coef, Sum]:
@@ -206,7 +206,7 @@ def weights(ems: Ems, s: Node, t: Node, points: Sequence[Node], pseudo: bool) ->
     b, c = [], -whole.drift
     for (scale, beta), column in zip(_relative(ems, s, points, whole), slopes.T, strict=True):
         w = sum(float(d) * e for d, e in zip(column, whole.moments, strict=False))
-        b.append(as_coef(-a * w * scale))
+        b.append(as_coef(a * w * scale))
         c = c + w * beta
     return as_coef(a / s.alpha), Sum(b, as_coef(a * c))
 
@@ -251,10 +251,10 @@ def plus(x: Any, added: Sum, past: Sequence[tuple[Node, Any]]) -> Any:
     return x if is_zero(added.c) else x + fit(added.c, x)
 
 
-def correction(done: Done, f: Any, ems: Ems, more: bool, pseudo: bool) -> tuple[Sum, list[tuple[Node, Any]]]:
-    """What the corrector adds to the state predicted by the step `done`, once f at its end is known."""
+def correction(done: Done, p: Any, ems: Ems, more: bool, pseudo: bool) -> tuple[Sum, list[tuple[Node, Any]]]:
+    """What the corrector adds to the state predicted by the step `done`, once the prediction at its end is known."""
     s, t, past, old = done
-    used = [past[0], (t, f), *past[1:]][: len(past) + more]
+    used = [past[0], (t, p), *past[1:]][: len(past) + more]
     _, new = weights(ems, s, t, [node for node, _ in used], pseudo)
     change = Sum((*new.b, *(-b for b in old.b)), new.c - old.c)
     return change, [*used, *past]

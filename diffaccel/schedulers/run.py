@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -21,21 +22,42 @@ from ..samplers.registry import Sampler
 from .policy import Policy
 
 
+class Shaped:
+    """A coefficient of one sample's shape: in float64, and as a tensor where and as precise as it was used last."""
+
+    __slots__ = ("tensor", "values")
+
+    def __init__(self, values: np.ndarray, device: torch.device) -> None:
+        self.values = values
+        self.tensor = torch.as_tensor(values, dtype=torch.float32).to(device)
+
+    def like(self, x: torch.Tensor) -> torch.Tensor:
+        if self.tensor.dtype is not x.dtype or self.tensor.device != x.device:
+            self.tensor = torch.as_tensor(self.values, dtype=x.dtype).to(x.device)
+        return self.tensor
+
+
+Ready = float | Shaped
+
+
 @dataclass(slots=True)
 class Compiled:
     """A row of the table with the model's output type worked in."""
 
     row: Row
-    to_p: tuple[Coef, Coef]  # P = u * state + w * output
-    to_x0: tuple[Coef, Coef]
-    x0_to_p: tuple[Coef, Coef] | None  # P from an x0 that a policy changed; None where no policy is on
+    to_p: tuple[Ready, Ready]  # P = u * state + w * output
+    to_x0: tuple[Ready, Ready]
+    # P from x0, where a policy changed that, or where one operation does it (spaces with tensors); else None
+    x0_to_p: tuple[Ready, Ready] | None
     # Coefficients of the state and of the model's output (or of the changed x0), this call's P worked in. In float32,
     # making P first loses digits at low alpha, where eps and x0 differ by a factor of 1/alpha. None where a row has
-    # more than scalar coefficients of predictions.
-    direct: tuple[float, float] | None
+    # noise or registers; then the row itself is evaluated.
+    direct: tuple[Ready, Ready] | None
+    older: tuple[Ready, ...] = ()  # of the predictions of earlier calls, beside `direct`
+    one: Ready = 0.0
 
 
-def compiled(row: Row, output: Output, policy: Policy | None) -> Compiled:
+def compiled(row: Row, output: Output, policy: Policy | None, device: torch.device) -> Compiled:
     """Work the model's output type into a row.
 
     Raises:
@@ -43,18 +65,27 @@ def compiled(row: Row, output: Output, policy: Policy | None) -> Compiled:
     """
     space, node = row.space, row.node
     to_p, to_x0 = pair(output, space, node), pair(output, "x0", node)
-    again = pair(Output("x0"), space, node) if policy else None
+    unscaled = space
     if isinstance(space, Affine) and space.scale != 1:  # epsilon scaling: x0 comes from the scaled noise prediction
         to_x0 = pair(output, Affine(1 / node.alpha, -node.sigma / (node.alpha * space.scale)), node)
-        again = pair(Output("x0"), Affine(space.x, space.eps * space.scale), node) if policy else None
+        unscaled = Affine(space.x, space.eps * space.scale)
+    shaped = any(isinstance(c, np.ndarray) for c in to_p)
+    from_x0 = pair(Output("x0"), unscaled, node) if policy or shaped else None
+
+    def ready(c: Coef) -> Ready:
+        return Shaped(c, device) if isinstance(c, np.ndarray) else float(c)
+
+    def both(c: tuple[Coef, Coef]) -> tuple[Ready, Ready]:
+        return ready(c[0]), ready(c[1])
+
+    made = Compiled(row, both(to_p), both(to_x0), None if from_x0 is None else both(from_x0), None)
     mix = row.out
-    u, w = again or to_p
-    direct = None
-    if mix.scalar and not (mix.m or mix.z or row.registers or row.draws) and is_zero(mix.one):
+    if not (mix.m or mix.z or row.registers or row.draws):
+        u, w = from_x0 if policy and from_x0 else to_p
         b = mix.p[0] if mix.p else 0.0
-        if isinstance(u, float) and isinstance(w, float):
-            direct = (float(mix.x + b * u), float(b * w))
-    return Compiled(row, to_p, to_x0, again, direct)
+        made.direct = both((mix.x + b * u, b * w))
+        made.older, made.one = tuple(ready(c) for c in mix.p[1:]), ready(mix.one)
+    return made
 
 
 @dataclass
@@ -87,6 +118,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     checked: torch.Tensor | None = None  # copy of `sigmas`, to notice edits from outside
     policy: Policy | None = None
+    prepared: bool = False  # the rows from the first one are compiled already, because they hold much (tensors)
     watch: str = ""  # where to look for NaN: "" nowhere, "cpu", "always"
 
     def __len__(self) -> int:
@@ -95,7 +127,7 @@ class Run:
     def open_at(self, k: int, sampler: Sampler, options: dict[str, Any], output: Output, policy: Policy | None) -> None:
         """Compile the rows of a run that begins at row k, with empty history."""
         table = self.table if k == 0 else begin_at(self.table, self.grid, k, sampler, options)
-        self.rows = [compiled(row, output, policy) for row in table.rows]
+        self.rows = [compiled(row, output, policy, self.timesteps.device) for row in table.rows]
         self.policy = policy
         self.start, self.depth, self.noise_depth = k, table.depth, table.noise_depth
         self.history, self.draws, self.registers = [], [], [None] * table.slots
@@ -113,11 +145,12 @@ def advance(
     run: Run, c: Compiled, x: torch.Tensor, output: torch.Tensor, generator: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One row: (next state, x0-prediction), both in the dtype of x. No value is read from the device."""
-    if run.policy is None:
+    if run.policy is None and c.x0_to_p is None:
         p = _affine(x, output, c.to_p)
         x0 = p if c.row.space == "x0" else _affine(x, output, c.to_x0)
     else:
-        x0 = run.policy(_affine(x, output, c.to_x0))
+        x0 = _affine(x, output, c.to_x0)
+        x0 = x0 if run.policy is None else run.policy(x0)
         p = _affine(x, x0, c.x0_to_p)  # type: ignore[arg-type]
     history = run.history
     if run.depth > 1:
@@ -127,10 +160,10 @@ def advance(
         history[:] = (p,)
     mix = c.row.out
     if c.direct is not None:
-        y = torch.mul(x, c.direct[0]).add_(output if run.policy is None else x0, alpha=c.direct[1])
-        for past, b in zip(history[1:], mix.p[1:], strict=False):
+        y = _begun(x, output if run.policy is None else x0, c.direct, c.one)
+        for past, b in zip(history[1:], c.older, strict=False):
             if b:
-                y.add_(past, alpha=b)  # type: ignore[arg-type]  # a scalar: `direct` says so
+                _add(y, past, b)
         return y, x0
     for _ in range(c.row.draws):
         run.draws.insert(0, _drawn(x, generator))
@@ -147,13 +180,32 @@ def _drawn(x: torch.Tensor, generator: Any) -> torch.Tensor:
     return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
-def _affine(x: torch.Tensor, output: torch.Tensor, pair: tuple[Coef, Coef]) -> torch.Tensor:
+def _affine(x: torch.Tensor, output: torch.Tensor, pair: tuple[Ready, Ready]) -> torch.Tensor:
+    """`u x + w output`; the output itself where that is all."""
     u, w = pair
-    if isinstance(u, float) and isinstance(w, float):
-        if u == 0.0:
-            return output if w == 1.0 else output * w
-        return torch.mul(x, u).add_(output, alpha=w)
-    return x * _tensor(u, x) + output * _tensor(w, x)
+    if u == 0.0:
+        return output if w == 1.0 else output * _like(w, x)
+    if w == 1.0 and isinstance(u, Shaped):
+        return torch.addcmul(output, x, u.like(x))
+    return _add(torch.mul(x, _like(u, x)), output, w)
+
+
+def _begun(x: torch.Tensor, output: torch.Tensor, pair: tuple[Ready, Ready], one: Ready) -> torch.Tensor:
+    """`u x + w output + one`, always a tensor of its own."""
+    u, w = pair
+    if isinstance(u, Shaped) and isinstance(one, Shaped):
+        return _add(torch.addcmul(one.like(x), x, u.like(x)), output, w)
+    y = _add(torch.mul(x, _like(u, x)), output, w)
+    return y if one == 0.0 else y.add_(_like(one, x))
+
+
+def _add(y: torch.Tensor, value: torch.Tensor, c: Ready) -> torch.Tensor:
+    """`y += c * value`."""
+    return y.add_(value, alpha=c) if isinstance(c, float) else y.addcmul_(value, c.like(value))
+
+
+def _like(c: Ready, x: torch.Tensor) -> Any:
+    return c if isinstance(c, float) else c.like(x)
 
 
 def _evaluate(run: Run, mix: Mix, x: torch.Tensor) -> torch.Tensor:

@@ -254,7 +254,11 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
         """
         sampler, options = self._sampler()
         given = (num_inference_steps, device, numbers(sigmas, "sigmas"), numbers(timesteps, "timesteps"), mu)
-        self._runs.set(plan(self.config, sampler, options, *given))
+        run = plan(self.config, sampler, options, *given)
+        self._runs.set(run)
+        if not run.table.scalar:
+            self._compile(run, 0)
+            run.prepared = True
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Say that the run begins at call `begin_index` (img2img, refiners); the rows are compiled from there.
@@ -345,8 +349,9 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
             self._runs.set(run)
         start = run.begin if run.begin is not None else first_call(run, timestep)
         run.watch = "" if self.config.check_finite == "never" else self.config.check_finite
-        if start < len(run):
+        if start < len(run) and not (run.prepared and start == run.start):
             self._compile(run, start)
+        run.prepared = False
         run.counter = start
         return run
 

@@ -7,7 +7,7 @@ import re
 import golden_data
 import numpy as np
 import pytest
-from golden_mixture import FOLDER, Mixture, build_nodes
+from golden_calibrated import FOLDER, Mixture, build_nodes
 
 from diffaccel.core.families import betas
 from diffaccel.core.path import Nodes, Path
