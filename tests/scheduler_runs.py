@@ -31,7 +31,7 @@ def cases(*, stochastic: bool | None = None, variants: bool = True) -> list[tupl
     for name, sampler in samplers().items():
         for options in ({}, *(sampler.variants if variants else ())):
             if stochastic is None or _draws(name, options) == stochastic:
-                found.append((name, dict(options)))
+                found.append((name, uncalibrated(name) | dict(options)))
     return found
 
 
