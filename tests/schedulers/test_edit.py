@@ -96,8 +96,8 @@ def fixed(scheduler, predictions):
     def predict(x, t):
         i = scheduler.step_index or 0
         row, p = table.rows[i], predictions[i]
-        assert row.space in ("x0", "eps")
-        return p if row.space == "x0" else (x - row.node.sigma * p) / row.node.alpha
+        u, w = pair(Output("x0"), row.space, row.node)
+        return (p - u * x) / w
 
     return predict
 
