@@ -1,45 +1,66 @@
-"""The model and the paths of tests/golden/solvers_calibrated_official; see the README there."""
+"""The analytic model of tests/golden/rewriters_and_policies (see the README beside the data), and its cases."""
 
 from __future__ import annotations
 
+import json
+
+import golden_data
 import numpy as np
+import pytest
 
-from diffaccel.core.families import betas
-from diffaccel.core.node import Node
-from diffaccel.core.path import Nodes, Path
+from diffaccel.core.prediction import Prediction, convert
 
-FOLDER = "solvers_calibrated_official"
+FOLDER = "rewriters_and_policies"
+GMM = {"K": 3, "scale": 0.8, "phase": 0.7, "freq": 1.3, "s0": 0.25, "ds": 0.10}
 
 
 class Mixture:
-    """The analytic model that every file stores."""
+    """The model of these files for samples of d numbers; see the README beside them."""
 
-    def __init__(self, data):
-        self.mu, self.var, self.w = data["mu"], data["var"], data["w"]
+    def __init__(self, d, settings):
+        g = GMM | settings
+        j, k = np.arange(1, d + 1), np.arange(g["K"])[:, None]
+        self.mu = g["scale"] * np.sin(g["freq"] * (k + 1) * j + g["phase"] * k)
+        self.std = g["s0"] + g["ds"] * k
+        self.w = (np.arange(g["K"]) + 1) / np.arange(1, g["K"] + 1).sum()
 
     def eps(self, x, node):
-        flat = x.reshape(len(x), 1, -1)
-        v = node.alpha**2 * self.var + node.sigma**2
-        away = flat - node.alpha * self.mu
+        v = (node.alpha * self.std) ** 2 + node.sigma**2
+        away = x.reshape(len(x), 1, -1) - node.alpha * self.mu
         log = np.log(self.w) - 0.5 * (away**2 / v + np.log(v)).sum(-1)
         share = np.exp(log - log.max(1, keepdims=True))
         share = (share / share.sum(1, keepdims=True))[..., None]
         return (node.sigma * (share * away / v).sum(1)).reshape(x.shape)
 
-    def predict(self, x, node, space):
-        e = self.eps(x, node)
-        return e if space == "eps" else (x - node.sigma * e) / node.alpha
+
+def cases(file):
+    """A parameter (arrays, meta) for each case of a file."""
+    for path in golden_data.cases(FOLDER, file):
+        data = golden_data.load(path)
+        for key in data:
+            if key.endswith("/meta"):
+                case = key.removesuffix("/meta")
+                arrays = {k.split("/")[1]: v for k, v in data.items() if k.startswith(f"{case}/")}
+                meta = json.loads(str(data[key])) | {"case": case}
+                yield pytest.param(arrays, meta, id=case)
 
 
-def build_nodes(family, times):
-    """Nodes at the times of the reference runs, which count as the README of the data says."""
-    if family == "edm":
-        path = Path.edm(0.002, 80.0, time="sigma")
-        return Nodes([path.at(t) for t in times], path)
-    if family == "vp_linear":
-        path = Path.vp_linear(0.1, 20.0)
-        return Nodes([path.at(t) for t in times], path)
-    path = Path.vp(betas("scaled_linear", 0.00085, 0.012, 1000))
-    log_alpha = np.interp(times, (np.arange(1000) + 1) / 1000, 0.5 * np.log(path.alphas_cumprod))
-    pairs = [(float(np.exp(a)), float(np.sqrt(-np.expm1(2 * a)))) for a in log_alpha]
-    return Nodes([Node(float(t), a, s) for t, (a, s) in zip(times, pairs, strict=True)], path)
+def model_of(data, meta):
+    return Mixture(data["x_init"][0].size, meta["gmm"])
+
+
+def replayed(table, start, model, noise=()):
+    """States before each call and at the end, with the recorded draws in order."""
+    draws = iter(noise)
+    return table.apply(
+        start, lambda x, node, space: prediction(model, x, node, space), lambda x: next(draws), trajectory=True
+    )
+
+
+def prediction(model, x, node, space):
+    return convert(Prediction(model.eps(x, node), "eps"), space, x, node)
+
+
+def assert_states(states, data, atol=1e-9, rtol=0.0):
+    np.testing.assert_allclose(np.stack(states[:-1]), data["call_x"], rtol=rtol, atol=atol)
+    np.testing.assert_allclose(states[-1], data["out"], rtol=rtol, atol=atol)

@@ -149,10 +149,10 @@ class Plan:
                     f"nothing to solve; the last node before it has level {nodes[m - 1].level:g}"
                 )
             high = self._high(segment, nodes)
-            if high.alpha == 0 or high.level > nodes[0].level * (1 + 1e-9):
+            most = nodes.path.first.level
+            if high.alpha == 0 or high.level > most * (1 + 1e-9):
                 raise OptionError(
-                    f"{what} would raise the noise to level {high.level:g}, above the level {nodes[0].level:g} where "
-                    "the run begins: it would throw the image away"
+                    f"{what} would raise the noise to level {high.level:g}, but the model was trained up to {most:g}"
                 )
             if high.level <= nodes[m].level:
                 raise OptionError(
