@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from .errors import DiffaccelError
 from .eval import command as eval_command
 from .generate_command import add_parser as add_generate
+from .sweep_command import add_parser as add_sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     certify.add_argument("options", nargs="*", metavar="key=value", help="options of the sampler")
     certify.set_defaults(run=_certify)
     add_generate(commands)
-    eval_command.add(commands)
+    add_sweep(eval_command.add(commands))
     args = parser.parse_args(argv)
     try:
         return int(args.run(args) or 0)

@@ -77,10 +77,7 @@ def _generate(args: argparse.Namespace, world: World) -> Report:
     check_verify(args.verify)
     seeds = None if args.seeds is None else parse_seeds(args.seeds)
     tasks = None if args.prompts is None else tasks_for(read_prompts(args.prompts), seeds)
-    options, call = _options(args.option, "--option"), _options(args.call, "--call")
-    for key, value in (("guidance_scale", args.guidance), ("height", args.height), ("width", args.width)):
-        if value is not None:
-            call[key] = value
+    options, call = key_values(args.option, "--option"), call_options(args)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     import diffusers
@@ -166,7 +163,16 @@ def _status(args: argparse.Namespace) -> int:
     return 0 if found["done"] == found["images"] else 1
 
 
-def _options(texts: list[str], flag: str) -> dict[str, Any]:
+def call_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the pipeline's call: of --call, --guidance, --height and --width."""
+    found = key_values(args.call, "--call")
+    for key, value in (("guidance_scale", args.guidance), ("height", args.height), ("width", args.width)):
+        if value is not None:
+            found[key] = value
+    return found
+
+
+def key_values(texts: list[str], flag: str) -> dict[str, Any]:
     """`key=value` pairs; a value is a Python literal, true, false, null, or else a string."""
     found: dict[str, Any] = {}
     words = {"true": True, "false": False, "null": None, "none": None}

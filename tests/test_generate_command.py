@@ -246,10 +246,10 @@ def test_a_wrong_model(command, capsys):
 
 
 def test_values_of_options():
-    from diffaccel.generate_command import _options
+    from diffaccel.generate_command import key_values
 
     texts = ["a=1", "b=0.5", "c=true", "d=None", "e=karras", "f=[1, 2]", "g=x=y", "h="]
     found = {"a": 1, "b": 0.5, "c": True, "d": None, "e": "karras", "f": [1, 2], "g": "x=y", "h": ""}
-    assert _options(texts, "--option") == found
+    assert key_values(texts, "--option") == found
     with pytest.raises(DiffaccelError):
-        _options(["=1"], "--option")
+        key_values(["=1"], "--option")

@@ -26,7 +26,9 @@ _NAMES = {
     "paired_difference": "pairs",
     "precision_recall": "manifold",
     "read_prompts": ".prompts",
+    "report": "report_run",
     "stats": "stats_file",
+    "sweep": "sweep_run",
 }
 
 __all__ = list(_NAMES)

@@ -1,4 +1,4 @@
-"""`diffaccel eval fid | kid | cmmd | clip | stats`. Imports nothing heavy until a command runs."""
+"""`diffaccel eval fid | kid | cmmd | clip | stats | report`. Imports nothing heavy until a command runs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 from .score import Score
 
+Commands = argparse._SubParsersAction  # of ArgumentParser
 _SOURCE = "folder, zip, .npz or .npy of images, a file of statistics, or tiny-fashion (the embedded reference)"
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `eval` and its subcommands."""
+def add(commands: Commands) -> Commands:
+    """Add `eval` and its subcommands; gives what further ones are added to."""
     parser = commands.add_parser("eval", help="FID, KID, CMMD, CLIP score with intervals; files of statistics")
     metrics = parser.add_subparsers(dest="metric", required=True, metavar="METRIC")
     for name, text in (
@@ -49,6 +50,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     _feature_options(stats)
     _reading_options(stats, score=False)
     stats.set_defaults(run=_stats)
+    report = metrics.add_parser("report", help="make the report of a sweep again, finished or not")
+    report.add_argument("folder", metavar="DIR", help="the --out of a sweep")
+    report.add_argument("--device", default="cpu")
+    report.set_defaults(run=_report)
+    return metrics
 
 
 def _feature_options(parser: argparse.ArgumentParser) -> None:
@@ -115,4 +121,11 @@ def _stats(args: argparse.Namespace) -> int:
     print(f"wrote {args.out}: {made.n} images, {made.features}")
     for remark in (*made.notes, *made.warnings):
         print(f"  {remark}")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .report_run import report
+
+    print(report(args.folder, device=args.device))
     return 0

@@ -176,7 +176,13 @@ def paired_difference(a: Paired, b: Paired, column: str = "psnr", *, samples: in
     kept = difference[np.isfinite(difference)]
     if not len(kept):
         raise OptionError(f"{column}: no pair has a finite value on both sides")
+    low, high = mean_interval(kept, samples)
+    return MeanDifference(float(kept.mean()), low, high, len(kept), a.n - len(kept))
+
+
+def mean_interval(values: np.ndarray, samples: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of values (n,)."""
     rng = np.random.default_rng(0)
-    means = [kept[rng.integers(0, len(kept), len(kept))].mean() for _ in range(samples)]
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(samples)]
     low, high = np.quantile(means, (0.025, 0.975))
-    return MeanDifference(float(kept.mean()), float(low), float(high), len(kept), a.n - len(kept))
+    return float(low), float(high)

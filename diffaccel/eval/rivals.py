@@ -1,0 +1,100 @@
+"""What a sweep runs: settings of schedulers, those of diffusers that are always among them, and the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+
+from ..drive import calls_near, plain_config
+from ..errors import OptionError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A scheduler with its name in the report.
+
+    ramp: pass `sigmas=linspace(1, 1/n, n)`, without which flow-matching Euler spends its last call on nothing.
+    """
+
+    name: str
+    scheduler: Any
+    ramp: bool = False
+
+    @property
+    def stock(self) -> bool:
+        """Whether it is one of diffusers' own."""
+        return type(self.scheduler).__module__.partition(".")[0] == "diffusers"
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """All that its images depend on, plain JSON."""
+        config = plain_config(self.scheduler)
+        return {"class": type(self.scheduler).__name__, "config": config, "ramp": self.ramp}
+
+    def steps(self, calls: int) -> int | None:
+        """`num_inference_steps` that makes `calls` model calls, or the most calls below (what was made is counted in
+        the run); None if there is none."""
+        near = calls_near(self.scheduler, calls)
+        if near is None:
+            return calls
+        fits = {made: steps for steps, made in near.items() if made <= calls}
+        return fits[max(fits)] if fits else None
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's config is of a flow-matching model."""
+    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        return True
+    return "FlowMatch" in str(config.get("_class_name", "")) or ("shift" in config and "beta_start" not in config)
+
+
+def _vp(config: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
+    return {
+        "DPM++ 2M": lambda: diffusers.DPMSolverMultistepScheduler.from_config(
+            config, solver_order=2, timestep_spacing="trailing", final_sigmas_type="zero"
+        ),
+        "UniPC": lambda: diffusers.UniPCMultistepScheduler.from_config(config, solver_order=2, use_karras_sigmas=True),
+    }
+
+
+def _flow(config: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
+    flow: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "solver_order": 2}
+    flow["flow_shift"] = config.get("shift", config.get("flow_shift", 1.0))
+    return {
+        "DPM++ 2M": lambda: diffusers.DPMSolverMultistepScheduler.from_config(config, final_sigmas_type="zero", **flow),
+        "UniPC": lambda: diffusers.UniPCMultistepScheduler.from_config(config, **flow),
+    }
+
+
+def rivals(scheduler: Any, takes_sigmas: bool) -> tuple[list[Setting], list[str]]:
+    """The settings that are in every sweep, and a note for each that this model's config does not admit.
+
+    scheduler: the pipeline's own. takes_sigmas: whether its call takes `sigmas`.
+    """
+    config, notes = scheduler.config, []
+    found = [Setting(f"{type(scheduler).__name__} (own)", scheduler)]
+    flow = is_flow(config)
+    if flow and takes_sigmas and type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
+        found.append(Setting("flow Euler, all sigmas", scheduler, ramp=True))
+    for name, make in (_flow(config) if flow else _vp(config)).items():
+        try:
+            found.append(Setting(name, make()))
+        except Exception as error:  # whatever diffusers says of a config that this class cannot read
+            notes.append(f"{name} is left out: {str(error).splitlines()[0]}")
+    return found, notes
+
+
+def teacher(scheduler: Any) -> Setting:
+    """diffusers' second-order solver, to be run at many calls."""
+    config = scheduler.config
+    try:
+        made = _flow(config)["DPM++ 2M"]() if is_flow(config) else diffusers.DPMSolverMultistepScheduler.from_config(
+            config, solver_order=2, timestep_spacing="linspace", final_sigmas_type="zero"
+        )  # fmt: skip
+    except Exception as error:
+        text = str(error).splitlines()[0]
+        raise OptionError(f"no teacher can be made of {type(scheduler).__name__}: {text}; pass teacher=...") from error
+    return Setting("teacher", made)
