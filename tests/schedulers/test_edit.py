@@ -7,6 +7,7 @@ import torch
 from scheduler_runs import cases, generator, label, loop, make, model, noise
 
 from diffaccel import TableScheduler
+from diffaccel.core.prediction import Output, pair
 from diffaccel.testing.pipelines import build, call_kwargs, known_region
 
 CLEAN, FRESH = noise(1, 2, 6, 6, seed=3), noise(1, 2, 6, 6, seed=4)
