@@ -15,6 +15,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
 from ..artifact import Artifact
+from ..core.current import Announcing
 from ..errors import OptionError, RunError, one_of
 from ..identity import check_model
 from ..samplers.registry import Sampler
@@ -48,7 +49,7 @@ class TableSchedulerOutput(BaseOutput):
 
 
 @public
-class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
+class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
     """A drop-in scheduler: `pipe.scheduler = TableScheduler.from_config(pipe.scheduler.config, sampler="dpmpp")`.
 
     `num_inference_steps` is the number of model calls, for every sampler. Use `from_config`, which reads the path
@@ -259,6 +260,7 @@ class TableScheduler(Surface, SchedulerMixin, ConfigMixin):
         if not run.table.scalar:
             self._compile(run, 0)
             run.prepared = True
+        self.announce()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Say that the run begins at call `begin_index` (img2img, refiners); the rows are compiled from there.
