@@ -24,7 +24,9 @@ _NAMES = {
     "paradigms": "pipelines.picard",
     "sample": "api",
     "trace": "api",
+    "extrapolate": "denoiser.extrapolate",
     "restart": "samplers.restart",
+    "skip": "samplers.skip",
     "rewriter": "samplers.rewrite",
     "sampler": "samplers.registry",
 }

@@ -221,7 +221,7 @@ class Extrapolating:
         """The first-order step from node i in the extrapolated quantity."""
         a, b = first_order(node, self.nodes[i + 1])
         u, w = pair(Output(self._space), "x0", node)
-        return float(a + b * u), float(b * w * self._scale(node))  # type: ignore[operator]
+        return float(a + b * u), float(b * w * self._scale(node))
 
     # ------------------------------------------------------------------ quantities
     @property

@@ -137,15 +137,15 @@ def parse(
         return pattern
     text = pattern.strip().lower() if isinstance(pattern, str) else ""
     if re.fullmatch(r"h\d+(/s\d+)?", text):
-        history, _, between = text[1:].partition("/s")
-        name = f"h{history}/s{between or history}"
+        points, _, between = text[1:].partition("/s")
+        name = f"h{points}/s{between or points}"
         if name not in NAMES:
             raise OptionError(f"unknown skip pattern {pattern!r}; there are {', '.join(NAMES)}")
         if streak_rule:
             raise OptionError(f"streak_rule concerns explicit lists of nodes; it has no effect on {pattern!r}")
-        return Regular(int(history), int(between or history), _protect(protect))
-    history, listed = _listed(text, pattern) if isinstance(pattern, str) else (2, [int(i) for i in pattern])
-    listed = sorted(set(listed))
+        return Regular(int(points), int(between or points), _protect(protect))
+    history, given = _listed(text, pattern) if isinstance(pattern, str) else (2, [int(i) for i in pattern])
+    listed = sorted(set(given))
     early = [i for i in listed if i < LEAST]
     if streak_rule:
         listed = [i for i in listed if i >= LEAST]
@@ -165,7 +165,7 @@ def _protect(protect: tuple[int, int]) -> tuple[int, int]:
 
 def _listed(text: str, pattern: str) -> tuple[int, list[int]]:
     """History and nodes of a text such as "h3, 5, 9 12"; the first hN counts, h4 is the highest, h2 the default."""
-    history, listed = 0, []
+    history, listed = 0, list[int]()
     for token in re.split(r"[,\s]+", text):
         if re.fullmatch(r"h\d+", token):
             history = history or min(4, int(token[1:]))

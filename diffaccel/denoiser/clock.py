@@ -168,7 +168,7 @@ def position(timesteps: torch.Tensor, timestep: Any, training: float, form: str 
         RunError: if no form of it is among the timesteps.
     """
     if isinstance(timestep, torch.Tensor) and timestep.device.type != "meta" and timestep.dtype is timesteps.dtype:
-        place = timestep.storage_offset() - timesteps.storage_offset()
+        place = int(timestep.storage_offset()) - int(timesteps.storage_offset())
         shared = timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
         if shared and 0 <= place < len(timesteps):
             return place, "t"

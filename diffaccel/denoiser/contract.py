@@ -86,11 +86,20 @@ def unpacked(output: Any) -> torch.Tensor:
     return values[0]
 
 
-def repacked(value: torch.Tensor, like: Any) -> Any:
-    """`value` in the form of an earlier output."""
-    if isinstance(like, torch.Tensor):
-        return value
-    return type(like)(sample=value) if hasattr(like, "to_tuple") else (value,)
+def form_of(output: Any) -> Callable[[torch.Tensor], Any]:
+    """What puts a tensor into the form of this output (see `unpacked`), without keeping the output."""
+    if isinstance(output, torch.Tensor):
+        return _plain
+    kind = type(output)
+    return (lambda value: kind(sample=value)) if hasattr(output, "to_tuple") else _tupled
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+def _tupled(value: torch.Tensor) -> tuple[torch.Tensor]:
+    return (value,)
 
 
 @dataclass(slots=True)
@@ -126,7 +135,7 @@ class Call:
 
 
 # ---------------------------------------------------------------------- the hook
-class ThreadContext(StateManager):  # type: ignore[misc]
+class ThreadContext(StateManager):
     """The cache context that a pipeline states (`with transformer.cache_context("cond")`), for each thread its own."""
 
     def __init__(self) -> None:
@@ -143,7 +152,7 @@ class ThreadContext(StateManager):  # type: ignore[misc]
         self._local.context = None
 
 
-class DenoiserHook(ModelHook):  # type: ignore[misc]
+class DenoiserHook(ModelHook):
     """Base of hooks on a denoiser: understands each call and hands it to `answer`."""
 
     _is_stateful = True
