@@ -1,8 +1,8 @@
-"""Rank, device and messages: nothing outside this file asks torch or accelerate for them.
+"""Rank, device and messages: nothing outside this file and `mail.py` asks torch or accelerate for them.
 
 Messages are small and travel through the key-value store that torch's launchers open anyway. Every wait is made of
 short looks at the store, so that a rank that failed (it leaves a reason) or vanished (its heartbeat stops) ends all
-ranks with an error that names it, never with a hang.
+ranks with an error that names it, never with a hang. Tensors travel in a process group of their own (`mail.py`).
 """
 
 from __future__ import annotations
@@ -14,140 +14,26 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from ..errors import DiffaccelError
 from .launch import slurm_environment
+from .mail import About, GroupMail, Mail, Shape, Traffic
+from .protocol import TIMEOUT as TIMEOUT
+from .protocol import Context, T, line
+from .protocol import SoloWorld as SoloWorld
+from .protocol import World as World
+from .protocol import WorldError as WorldError
 
 BEAT = 0.5  # seconds between heartbeats
-TIMEOUT = 60.0  # seconds without any sign of a rank
 LOOK = 0.02  # seconds between two looks at the store
 _worlds = count()  # worlds opened one after another in a process must not read each other's keys
 
 
-class WorldError(DiffaccelError, RuntimeError):
-    """A rank failed, vanished, or could not be reached.
-
-    Args:
-        message: names the rank and what it was needed for.
-        told: whether another rank reports it, so that this one can end in silence.
-    """
-
-    def __init__(self, message: str, *, told: bool = False) -> None:
-        super().__init__(message)
-        self.told = told
-
-
-class World(Protocol):
-    """The processes that work together. Every method may raise `WorldError`.
-
-    As a context it is left at the end, and an error inside ends the work of all ranks: `with open_world() as world:`.
-    """
-
-    rank: int
-    size: int
-    device: torch.device
-
-    def check(self) -> None:
-        """Raise if another rank has failed. Costs nothing; call it often."""
-
-    def add(self, name: str, amount: int) -> int:
-        """Add to a counter that all ranks share; its new value."""
-
-    def gather(
-        self,
-        name: str,
-        payload: bytes,
-        *,
-        timeout: float | None = TIMEOUT,
-        stall: float | None = None,
-        tick: Callable[[], Any] | None = None,
-    ) -> list[bytes]:
-        """Every rank's payload, in rank order, on every rank.
-
-        Args:
-            name: for messages; all ranks make the same calls in the same order.
-            payload: of this rank.
-            timeout: seconds; None waits for as long as the others are alive.
-            stall: seconds after which a rank that is alive but has not called `check` counts as stuck.
-            tick: called now and then while waiting.
-        """
-
-    def broadcast(self, name: str, payload: bytes | None, *, timeout: float | None = TIMEOUT) -> bytes:
-        """Rank 0's payload on every rank; the others pass None."""
-
-    def barrier(self, name: str, *, timeout: float | None = TIMEOUT) -> None:
-        """Return when every rank has come here."""
-
-    def abort(self, reason: str) -> bool:
-        """End the work of all ranks; True if this rank was the first, and so is the one that reports, at once: a
-        launcher ends the others as soon as one process has left."""
-
-    def close(self) -> None:
-        """Leave. The last thing a rank does."""
-
-    def __enter__(self) -> World: ...
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None: ...
-
-
-class _Context:
-    """`with world:` of a `World`."""
-
-    def __enter__(self: Any) -> Any:
-        return self
-
-    def __exit__(self: Any, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            self.abort(_line(error))
-        self.close()
-
-
-class SoloWorld(_Context):
-    """One process: every message is the identity."""
-
-    rank = 0
-    size = 1
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-        self._counters: dict[str, int] = {}
-
-    def check(self) -> None:
-        return
-
-    def add(self, name: str, amount: int) -> int:
-        self._counters[name] = self._counters.get(name, 0) + amount
-        return self._counters[name]
-
-    def gather(
-        self,
-        name: str,
-        payload: bytes,
-        *,
-        timeout: float | None = TIMEOUT,
-        stall: float | None = None,
-        tick: Callable[[], Any] | None = None,
-    ) -> list[bytes]:
-        return [payload]
-
-    def broadcast(self, name: str, payload: bytes | None, *, timeout: float | None = TIMEOUT) -> bytes:
-        return payload or b""
-
-    def barrier(self, name: str, *, timeout: float | None = TIMEOUT) -> None:
-        return
-
-    def abort(self, reason: str) -> bool:
-        return True
-
-    def close(self) -> None:
-        return
-
-
-class DistWorld(_Context):
+class DistWorld(Context):
     """Processes started by torchrun, accelerate launch or srun; opened by `open_world`.
 
     Args:
@@ -169,6 +55,7 @@ class DistWorld(_Context):
     ) -> None:
         self._leave = leave
         self.rank, self.size, self.device, self.timeout = rank, size, device, timeout
+        self.traffic, self._group, self._sent, self._at = Traffic(), None, 0, ""
         self._store, self._pulse = connect(), connect()
         self._calls = count()
         self._seen: dict[int, dict[str, tuple[str, float]]] = {}
@@ -182,7 +69,7 @@ class DistWorld(_Context):
     def _beat(self) -> None:
         for i in count():
             try:
-                self._pulse.set(f"beat/{self.rank}", f"{i} {self._work}")
+                self._pulse.set(f"beat/{self.rank}", f"{i} {self._work} {self._sent} {self._at}")
                 if self._failure is None and self._pulse.check(["abort"]):
                     self._failure = _told(self._pulse.get("abort"))
                     self._pulse.set(f"heard/{self.rank}", "")
@@ -192,6 +79,50 @@ class DistWorld(_Context):
                 return
             if self._over.wait(BEAT):
                 return
+
+    # ------------------------------------------------------------------ tensors
+    def run(self, job: Callable[[int], T]) -> list[T]:
+        return [job(self.rank)]
+
+    def send(
+        self, about: About, parts: Sequence[torch.Tensor | None], shapes: Sequence[Shape | None], like: torch.Tensor
+    ) -> Mail:
+        self.check()
+        if self._group is None:  # its time-out is for those who would wait behind our back
+            self._group = torch.distributed.new_group(timeout=timedelta(seconds=self.timeout + 10))
+        self._sent, self._at = self._sent + 1, str(about)
+        watch, lost = partial(self._watch, about), partial(self._disconnected, about)
+        return GroupMail(self._group, parts, shapes, like, about, self.traffic, watch, lost)
+
+    def _watch(self, about: About, waited: float) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if waited > self.timeout:
+            raise WorldError(f"rank {self.rank} waited {waited:.0f} s for {self._behind()} ({about})")
+        time.sleep(0.0 if waited < 0.001 else 0.0002)
+
+    def _disconnected(self, about: About, error: Exception) -> WorldError:
+        """Why torch could not send: the reason that a rank gave, or the rank that has no heartbeat any more."""
+        beats = self._beats()
+        self._until(lambda: self._failure is not None, 3 * BEAT)
+        if self._failure is not None:
+            return self._failure
+        still = [r for r, beat in self._beats().items() if beat == beats.get(r)]
+        return WorldError(f"rank {self.rank} lost the connection to {self._behind(still)} ({about}): {line(error)}")
+
+    def _beats(self) -> dict[int, str]:
+        def beat(rank: int) -> str:
+            key = f"beat/{rank}"
+            return str(self._try(lambda: self._store.get(key).decode() if self._store.check([key]) else "0 0 0 "))
+
+        return {r: beat(r) for r in range(self.size) if r != self.rank}
+
+    def _behind(self, among: Sequence[int] = ()) -> str:
+        """The ranks that have sent least so far, and where they were last seen."""
+        seen = {r: beat.split(" ", 3)[2:] for r, beat in self._beats().items() if not among or r in among}
+        least = min((int(sent) for sent, _ in seen.values()), default=0)
+        behind = [f"rank {r}, last seen at {at or 'its start'}" for r, (sent, at) in seen.items() if int(sent) == least]
+        return "; ".join(behind) or "the other ranks"
 
     # ------------------------------------------------------------------ what ranks say to each other
     def check(self) -> None:
@@ -298,7 +229,7 @@ class DistWorld(_Context):
             raise self._lost(error) from error
 
     def _lost(self, error: Exception) -> WorldError:
-        text = f"rank {self.rank} lost the store of the launcher (or of rank 0): {_line(error)}"
+        text = f"rank {self.rank} lost the store of the launcher (or of rank 0): {line(error)}"
         return WorldError(text, told=self.rank != 1)  # everybody loses it at once; one report is enough
 
     @staticmethod
@@ -341,7 +272,7 @@ def open_world(*, cpu: bool = False, threads: int = 1, timeout: float = TIMEOUT)
         state = PartialState(**options)
     except (RuntimeError, ValueError) as error:  # torch's DistNetworkError and DistStoreError are RuntimeErrors
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise WorldError(f"rank {rank} of {size} could not meet the others at {where}: {_line(error)}") from error
+        raise WorldError(f"rank {rank} of {size} could not meet the others at {where}: {line(error)}") from error
     if state.num_processes != size:
         raise WorldError(
             f"{size} processes were launched but accelerate sees {state.num_processes} on device {state.device}; "
@@ -379,11 +310,3 @@ def _enough_devices(cpu: bool) -> None:
             "(check CUDA_VISIBLE_DEVICES), or pass --cpu",
             told=os.environ.get("LOCAL_RANK", "0") != "0",
         )
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {_first(str(error).splitlines())}"
-
-
-def _first(lines: Sequence[str]) -> str:
-    return lines[0] if lines else ""
