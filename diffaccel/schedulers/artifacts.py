@@ -69,17 +69,48 @@ def saved_with(found: Artifact, entry: Mapping[str, Any]) -> Artifact:
     return found
 
 
+def advised(given: Mapping[str, Any], sampler: str | None) -> dict[str, Any]:
+    """A user's arguments of `from_config`, completed by those that a newly given artifact was calibrated with.
+
+    An artifact says them in `meta["scheduler"]`: "sampler", "options" (of the sampler), "grid", "grid_options",
+    "final_sigmas_type". What the user says wins; with another sampler than the artifact's nothing is completed.
+
+    Args:
+        given: keyword arguments of `from_config`.
+        sampler: that the class is fixed to, if it is.
+    """
+    value = given.get("artifact")
+    if not isinstance(value, (str, os.PathLike, Artifact)):
+        return dict(given)
+    found = value if isinstance(value, Artifact) else Artifact.load(value)
+    advice, chosen = found.meta.get("scheduler") or {}, given.get("sampler") or sampler
+    if chosen not in (None, advice.get("sampler")):
+        return {**given, "artifact": found}
+    grid = {} if "grid" in given else {k: advice[k] for k in ("grid", "grid_options") if advice.get(k) is not None}
+    final = {k: advice[k] for k in ("sampler", "final_sigmas_type") if advice.get(k) is not None}
+    options = {**(advice.get("options") or {}), **(given.get("sampler_options") or {})}
+    return {**grid, **final, **given, "sampler_options": options, "artifact": found}
+
+
 def entry_of(artifact: Artifact) -> dict[str, str]:
     """What a config holds of an artifact."""
     return {"file": artifact.file, "sha256": artifact.sha256}
 
 
-def beside(entry: Mapping[str, Any], folder: Any, subfolder: str | None, **hub: Any) -> FilePath:
-    """The file of a config's entry in the folder, or the hub repository, that the config was read from.
+def beside(entry: Mapping[str, Any], folder: Any, subfolder: str | None, **hub: Any) -> Artifact:
+    """The artifact of a config's entry, from the folder or hub repository that the config was read from.
+
+    As long as it is held, `resolve` finds it by the entry.
 
     Raises:
-        ArtifactError: if it is not there.
+        ArtifactError: if it is not there, or is another one.
     """
+    found = saved_with(Artifact.load(_file_beside(entry, folder, subfolder, hub)), entry)
+    _SEEN[found.sha256] = found
+    return found
+
+
+def _file_beside(entry: Mapping[str, Any], folder: Any, subfolder: str | None, hub: Mapping[str, Any]) -> FilePath:
     name = "/".join(part for part in (subfolder, entry["file"]) if part)
     if not os.path.isdir(folder):
         from huggingface_hub import hf_hub_download

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import OptionError
 from ..samplers.registry import get
 from . import from_config as reader
+from .artifacts import advised
 from .origins import ORIGINS
 
 # Classes whose config keys may live beside ours; a config of ours builds each of them.
@@ -46,6 +47,7 @@ def merged(cls: Any, config: Mapping[str, Any], given: Mapping[str, Any]) -> tup
         OptionError: an option that neither the constructor nor the sampler takes.
         PathError: the config proves no path.
     """
+    given = advised(given, cls.sampler_name)
     names = set(cls._get_init_keys(cls)) - {"self"}
     ours = {k: v for k, v in given.items() if k in OURS}
     to_path = {k: v for k, v in given.items() if k in names and k not in OURS}

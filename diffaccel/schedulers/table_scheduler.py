@@ -21,7 +21,7 @@ from ..identity import check_model
 from ..samplers.registry import Sampler
 from ..samplers.rewrite import read as read_rewrites
 from ..samplers.rewrite import rewritten
-from .artifacts import beside, calibrated_options, check_sample, entry_of, saved_with
+from .artifacts import beside, calibrated_options, check_sample, entry_of
 from .compat import COMPATIBLES, NEAREST, merged
 from .from_config import BETA_KEYS, check, output_of, path_of
 from .guards import check_finite, first_call, numbers, only_neutral, output_for, state_for
@@ -67,6 +67,7 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         sampler: a registered sampler (`diffaccel.samplers()`), "dpmpp" if None.
         sampler_options: its options.
         rewrite: rewriters (`da.restart(...)`, ...), one or a list; the order of the list does not matter.
+        policy: policies (`da.time_shift(...)`), one or a list.
         artifact: for calibrated samplers: the file that `diffaccel calibrate ...` wrote, or an `Artifact`. The config
             holds its name and checksum, `save_pretrained` puts the file beside the config.
         grid: a grid (`core.grid.GRIDS`), or None for the one that the path's origin uses.
@@ -112,6 +113,7 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         sampler: str | None = None,
         sampler_options: dict[str, Any] | None = None,
         rewrite: Sequence[Any] | None = None,
+        policy: Sequence[Any] | None = None,
         artifact: str | Artifact | dict[str, str] | None = None,
         grid: str | None = None,
         grid_options: dict[str, Any] | None = None,
@@ -135,6 +137,8 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
             self.register_to_config(sampler=self.sampler_name or "dpmpp")  # so that a config says it all
         if rewrite is not None:
             self.register_to_config(rewrite=[part.to_config() for part in read_rewrites(rewrite)] or None)
+        if policy is not None:
+            self.register_to_config(policy=[part.to_config() for part in POLICIES.read(policy)] or None)
         self._runs = PerThread()
         self._check()
 
@@ -149,6 +153,9 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
             self.register_to_config(artifact=entry_of(self._artifact))
         output_of(self.config)
         policy_of(self.config)
+        refuse_clashes([*((REWRITERS, p) for p in read_rewrites(self.config.rewrite)),
+                        *((POLICIES, p) for p in POLICIES.read(self.config.policy))])
+        self._target()
         one_of("check_finite", self.config.check_finite, ("cpu", "always", "never"))
 
     # ------------------------------------------------------------------ building
@@ -192,11 +199,11 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
             ArtifactError: if the artifact is not beside the config, or was changed.
         """
         config = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        saved = config.get("artifact")
-        if kwargs.get("artifact") is None and saved is not None:
-            found = Artifact.load(beside(saved, pretrained_model_name_or_path, subfolder, **kwargs))
-            kwargs["artifact"] = saved_with(found, saved)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        saved = None if kwargs.get("artifact") is not None else config.get("artifact")
+        held = saved and beside(saved, pretrained_model_name_or_path, subfolder, **kwargs)
+        made = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        del held  # until here, where the config has found it by its checksum
+        return made
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `scheduler_config.json`, and the artifact beside it; arguments as in diffusers."""
@@ -336,6 +343,9 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
             run.notes.append(f"call {i}: the state became {tuple(x.shape)}; the history was dropped")
             self._compile(run, i)
         state, x0 = advance(run, run.rows[i - run.start], x, output, generator)
+        if run.shifts is not None:
+            draw = run.draws[0] if run.rows[i - run.start].row.draws else None
+            state, x0 = run.shifts(i - run.start, x, output, state, x0, draw)
         if run.watch and (x.device.type == "cpu" or run.watch == "always"):
             check_finite(state, output, i, len(run))
         run.counter = i + 1
@@ -356,6 +366,22 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         run.prepared = False
         run.counter = start
         return run
+
+    def _target(self) -> Any:
+        """The policy that aims rows elsewhere, or None."""
+        parts = POLICIES.read(self.config.policy)
+        return POLICIES.kinds[parts[0].name].make(**parts[0].options) if parts else None
+
+    @property
+    def fed_timesteps(self) -> torch.Tensor | None:
+        """(B,) what the model is to be fed next in place of the grid's timestep, where a policy asks for it."""
+        run = self._runs.get()
+        return None if run is None or run.shifts is None else run.shifts.fed
+
+    def policy_report(self) -> dict[str, Any] | None:
+        """What the policy did in this thread's run (counts, shares); None without one. Reads the device."""
+        run = self._runs.get()
+        return None if run is None or run.shifts is None else run.shifts.report()
 
     def _compile(self, run: Run, k: int) -> None:
         run.open_at(k, *self._sampler(), output_of(self.config), policy_of(self.config))
