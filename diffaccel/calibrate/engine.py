@@ -1,0 +1,409 @@
+"""The engine of every calibration: a pipeline runs by its own call, a scheduler of ours sees and steers it.
+
+No pipeline's loop is written again here, so whatever the pipeline does (guidance, packed latents, ControlNet,
+adapters, offloading, half precision) is in what is captured: the model output as it reaches `scheduler.step`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load as parse
+from safetensors.numpy import save as serialize
+
+from ..artifact import Artifact
+from ..core.node import Node
+from ..core.path import Nodes, Path
+from ..drive import Driver, denoiser
+from ..errors import OptionError, RunError
+from ..parallel.protocol import SoloWorld, World
+from ..samplers.registry import get
+from ..schedulers import TableScheduler
+from ..schedulers.guards import output_for
+from ..schedulers.plan import run_on
+
+EVERY = 60.0  # seconds between writes of the state that a stopped calibration goes on from
+
+Tensors = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that run together: each has a prompt and the seed of its noise."""
+
+    index: int
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+
+See = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+class Captured(TableScheduler):
+    """A `TableScheduler` that shows each call, and can run on given nodes whatever the pipeline asks for.
+
+    Build with `Captured.of`. `see(i, sample, output, state)` is told call i, the state that the model saw, its output
+    and the next state, as the pipeline handed them over. Not to be saved with a pipeline.
+    """
+
+    _given: Nodes | None = None
+    _see: See | None = None
+    _own_noise = True
+
+    @classmethod
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        sampler: str,
+        options: Mapping[str, Any] | None = None,
+        *,
+        see: See | None = None,
+        nodes: Nodes | None = None,
+        own_noise: bool = True,
+        **settings: Any,
+    ) -> Captured:
+        """See the class.
+
+        Args:
+            config: of the pipeline's scheduler.
+            sampler, options: as in `TableScheduler`; an option may be calibrated data itself.
+            see: told of each call.
+            nodes: N + 1 nodes to run on; None: the scheduler's grid.
+            own_noise: whether the pipeline makes its start noise; False where it is handed the state itself.
+            settings: further arguments of `from_config` (grid, grid_options, final_sigmas_type).
+        """
+        given, takes = dict(options or {}), get(sampler).calibrated
+        data = {}
+        if takes is not None:
+            name = takes.option
+            data = {name: given.pop(name, get(sampler).defaults[name])}
+            settings[name] = get(sampler).defaults[name]
+        drop = {"sampler", "sampler_options", "artifact", "rewrite", "policy"}
+        own = {k: v for k, v in config.items() if k not in drop}
+        made: Captured = cls.from_config(own, sampler=sampler, **given, **settings)
+        made._filled, made._given, made._see, made._own_noise = data, nodes, see, own_noise
+        return made
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Any = None,
+        timesteps: Any = None,
+        mu: float | None = None,
+    ) -> None:
+        """Begin a run: on the given nodes, where there are, else as the pipeline asks."""
+        if self._given is None:
+            return super().set_timesteps(num_inference_steps, device, sigmas, timesteps, mu)
+        sampler, options = self._sampler()
+        self._runs.set(run_on(self._given, sampler, options, len(self._given) - 1, device))
+
+    @property
+    def nodes(self) -> Nodes:
+        """The nodes of the last run."""
+        return self._runs.need().grid
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """As for the sampler; 1 where the pipeline is handed the state itself."""
+        return super().init_noise_sigma if self._own_noise else 1.0
+
+    def step(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `TableScheduler.step`."""
+        done = super().step(model_output, timestep, sample, *args, **kwargs)
+        if self._see is not None:
+            state = done[0] if isinstance(done, tuple) else done.prev_sample
+            self._see(int(self.step_index or 0) - 1, sample, model_output, state)
+        return done
+
+
+# ---------------------------------------------------------------------- what a stopped calibration goes on from
+class Checkpoint:
+    """State on disk, written at most once a minute and removed at the end.
+
+    Args:
+        path: of the file; None keeps nothing.
+        settings: everything that the result depends on (JSON); a file of other settings is refused.
+
+    Attributes:
+        arrays: name -> array.
+        notes: JSON values.
+
+    Raises:
+        OptionError: a file that belongs to another calibration.
+        ArtifactError: a damaged file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
+        self.path = None if path is None else FilePath(path)
+        self.settings = json.loads(json.dumps(settings))
+        self.arrays: Tensors = {}
+        self.notes: dict[str, Any] = {}
+        self._written = time.monotonic()
+        if self.path is None or not self.path.exists():
+            return
+        found = Artifact.load(self.path, "partial")
+        theirs = found.meta["settings"]
+        if theirs != self.settings:
+            differ = [k for k in {**theirs, **self.settings} if theirs.get(k) != self.settings.get(k)]
+            raise OptionError(
+                f"{self.path} was left by another calibration ({', '.join(sorted(differ))} differ); finish that one, "
+                "delete the file, or write to another --out"
+            )
+        self.arrays, self.notes = dict(found.tensors), dict(found.meta["notes"])
+
+    def tick(self) -> None:
+        """Write if a minute has passed."""
+        if time.monotonic() - self._written >= EVERY:
+            self.save()
+
+    def save(self) -> None:
+        """Write now."""
+        if self.path is not None:
+            Artifact("partial", self.arrays, {"settings": self.settings, "notes": self.notes}).save(self.path)
+        self._written = time.monotonic()
+
+    def remove(self) -> None:
+        """The calibration is finished."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------- the engine
+class Engine:
+    """Runs one pipeline for a calibration.
+
+    Args:
+        pipe: text-to-image or class-conditional; it is left as it was.
+        prompts: used in turn (class numbers for class-conditional models).
+        guidance: scale, passed on as `guidance_scale`; None leaves the pipeline's own.
+        call: further arguments of the pipeline's call.
+        batch: images in one pass.
+        seed: of the first image; image i has seed + i.
+        out: of the artifact; the state of a stopped calibration lies beside it (`OUT.partial`). None keeps none.
+        settings: what the result depends on beside the above (JSON), to tell stopped calibrations apart.
+        progress: show a bar.
+        world: this process among others; each takes its share of the batches.
+
+    Raises:
+        OptionError: a pipeline that cannot be driven, or has a cache enabled.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        *,
+        guidance: float | None = None,
+        call: Mapping[str, Any] | None = None,
+        batch: int = 8,
+        seed: int = 0,
+        out: str | os.PathLike[str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        progress: bool = True,
+        world: World | None = None,
+    ) -> None:
+        if not prompts or batch < 1:
+            raise OptionError(f"a calibration needs a prompt and a batch of 1 or more, got {len(prompts)} and {batch}")
+        self.pipe, self.prompts, self.guidance, self.batch, self.seed = pipe, list(prompts), guidance, batch, seed
+        self.call = dict(call or {}) | ({} if guidance is None else {"guidance_scale": guidance})
+        self._key = Driver(pipe, self.call).key
+        if getattr(denoiser(pipe), "is_cache_enabled", False):
+            raise OptionError("the denoiser has a cache enabled, which repeats old outputs; call disable_cache() first")
+        self.world = world or SoloWorld()
+        own = {"prompts": self.prompts, "call": {k: str(v) for k, v in self.call.items()}, "batch": batch, "seed": seed}
+        rank = f".{self.world.rank}of{self.world.size}" if self.world.size > 1 else ""
+        partial = None if out is None else f"{os.fspath(out)}.partial{rank}"
+        self.kept = Checkpoint(partial, own | dict(settings or {}))
+        self.calls = int(self.kept.notes.get("calls", 0))
+        self._before = float(self.kept.notes.get("seconds", 0.0))
+        self._start = time.monotonic()
+        self._progress = progress and self.world.rank == 0
+        self._bar: Any = None
+
+    # ------------------------------------------------------------------ cost
+    @property
+    def seconds(self) -> float:
+        """Spent so far, a stopped calibration's included."""
+        return self._before + time.monotonic() - self._start
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """Model calls of all images of all processes (a guidance pair counts once), and seconds of this one."""
+        counts = self.world.gather("model calls", str(self.calls).encode())
+        return {"calls": sum(map(int, counts)), "seconds": round(self.seconds, 1)}
+
+    def tick(self) -> None:
+        """Between pieces of work: write the state now and then, hear of other processes."""
+        self.world.check()
+        self.kept.notes |= {"calls": self.calls, "seconds": self.seconds}
+        self.kept.tick()
+
+    @contextmanager
+    def working(self, expected: int, what: str) -> Iterator[None]:
+        """A bar over `expected` model calls of this process; state is kept if the work is interrupted."""
+        from tqdm import tqdm
+
+        with tqdm(total=expected, initial=self.calls, unit="call", desc=what, disable=not self._progress) as bar:
+            self._bar = bar
+            try:
+                yield
+            except BaseException:
+                self.kept.notes |= {"calls": self.calls, "seconds": self.seconds}
+                self.kept.save()
+                raise
+            finally:
+                self._bar = None
+
+    # ------------------------------------------------------------------ batches
+    def batches(self, first: int, count: int) -> list[Batch]:
+        """This process's share of the batches of images first..first + count - 1."""
+        numbers = [range(i, min(i + self.batch, first + count)) for i in range(first, first + count, self.batch)]
+        made = [
+            Batch(k, tuple(self.prompts[i % len(self.prompts)] for i in part), tuple(self.seed + i for i in part))
+            for k, part in enumerate(numbers)
+        ]
+        return made[self.world.rank :: self.world.size]
+
+    def accumulate(
+        self,
+        name: str,
+        batches: Sequence[Batch],
+        work: Callable[[Batch], Tensors],
+        merge: Callable[[Tensors, Tensors], Tensors],
+        *,
+        gather: bool = True,
+    ) -> Tensors:
+        """`merge(merge(work(batch 0), work(batch 1)), ...)`, going on where a stopped calibration was.
+
+        Args:
+            name: of this piece of work; its state is kept under it.
+            work: statistics of one batch.
+            merge: of the statistics of two disjoint sets of images.
+            gather: also merge over the processes (in rank order); otherwise each keeps its own.
+        """
+        done = int(self.kept.notes.get(f"{name}/done", 0))
+        mark = f"{name}/"
+        state: Tensors | None = {k[len(mark) :]: v for k, v in self.kept.arrays.items() if k.startswith(mark)} or None
+        for k, batch in enumerate(batches):
+            if k < done:
+                continue
+            piece = work(batch)
+            state = piece if state is None else merge(state, piece)
+            self.kept.arrays |= {mark + key: np.asarray(value) for key, value in state.items()}
+            self.kept.notes[f"{name}/done"] = k + 1
+            self.tick()
+        if not gather or self.world.size == 1:
+            if state is None:
+                raise RunError(f"{name}: process {self.world.rank} has no batch; use fewer processes or more images")
+            return state
+        pieces = self.world.gather(name, serialize(state or {}), timeout=None)
+        states = [found for piece in pieces if (found := parse(piece))]
+        total = states[0]
+        for other in states[1:]:
+            total = merge(total, other)
+        return total
+
+    # ------------------------------------------------------------------ running the pipeline
+    def run(self, batch: Batch, scheduler: Any, steps: int, latents: torch.Tensor | None = None) -> torch.Tensor:
+        """One run of the pipeline's own call with another scheduler; the pipeline's is put back afterwards.
+
+        Args:
+            batch: prompts and seeds.
+            scheduler: any; a `TableScheduler` or one with its interface.
+            steps: `num_inference_steps`.
+            latents: (B, ...) the state to begin with instead of noise from the seeds, as the model is handed it.
+
+        Returns:
+            what the pipeline returns as latents: the last state.
+        """
+        pipe, before = self.pipe, self.pipe.scheduler
+        bar = dict(getattr(pipe, "_progress_bar_config", {}))
+        given = list(batch.prompts) if self._key == "prompt" else [int(p) for p in batch.prompts]
+        more: dict[str, Any] = {} if latents is None else {"latents": latents.to(self.device, denoiser(pipe).dtype)}
+        generators = [torch.Generator("cpu").manual_seed(s) for s in batch.seeds]
+        count = _Count(scheduler, self._called(len(batch)))
+        pipe.scheduler = scheduler
+        pipe.set_progress_bar_config(disable=True)
+        try:
+            with count, torch.no_grad():
+                found = pipe(
+                    **{self._key: given},
+                    **self.call,
+                    **more,
+                    generator=generators,
+                    num_inference_steps=steps,
+                    output_type="latent",
+                )
+        finally:
+            pipe.scheduler = before
+            pipe._progress_bar_config = bar
+        result: torch.Tensor = found[0] if isinstance(found, tuple) else next(iter(found.values()))
+        return result
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline's state lives (also under offloading)."""
+        return torch.device(getattr(self.pipe, "_execution_device", None) or self.pipe.device)
+
+    def _called(self, images: int) -> Callable[[], None]:
+        def called() -> None:
+            self.calls += images
+            if self._bar is not None:
+                self._bar.update(images)
+
+        return called
+
+    def output(
+        self, batch: Batch, node: Node, x: torch.Tensor | None, config: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One model call at a node, by a run of one call.
+
+        Args:
+            batch: prompts and seeds.
+            node: of the path of `config`.
+            x: the state there, (B, ...); None: the pipeline's start noise, which must belong there.
+            config: of the pipeline's scheduler.
+
+        Returns:
+            (the state as the model saw it, the model's output), both (B, ...) float64 on the CPU.
+        """
+        seen: list[torch.Tensor] = []
+
+        def see(i: int, sample: torch.Tensor, output: torch.Tensor, state: torch.Tensor) -> None:
+            seen.extend(t.detach().double().cpu() for t in (sample, output_for(output, sample)))
+
+        nodes = Nodes([node, Node(node.t, 1.0, 0.0)], Path.from_config(config))
+        self.run(batch, Captured.of(config, "ddim", see=see, nodes=nodes, own_noise=x is None), 1, x)
+        return seen[0], seen[1]
+
+
+class _Count:
+    """Calls `called` at each step of a scheduler: one model call, whatever guidance does in it."""
+
+    def __init__(self, scheduler: Any, called: Callable[[], None]) -> None:
+        self.scheduler, self.called = scheduler, called
+
+    def __enter__(self) -> None:
+        step = self.scheduler.step
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.called()
+            return step(*args, **kwargs)
+
+        self.scheduler.step = counted
+
+    def __exit__(self, *_: object) -> None:
+        del self.scheduler.step

@@ -1,0 +1,132 @@
+"""Whether calibrated data helps: against its uncalibrated parent on held-out noise, by a paired interval.
+
+Every calibration ends here: what does not lower the error by an interval that excludes zero is "no benefit found".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..compare import stock
+from .engine import Batch, Engine
+
+DRAWS = 2000
+# Settings of diffusers' own schedulers that are tried beside; the best of them is picked on the held-out noise itself,
+# which favours it.
+STOCK = (
+    "DPM++-2 linspace zero",
+    "DPM++-2 linspace sigma_min",
+    "DPM++-2 trailing zero",
+    "UniPC-2 linspace zero",
+    "UniPC-2 linspace sigma_min",
+    "DPM++-2 karras",
+    "DPM++-2 exponential",
+    "DPM++-2 lu",
+    "flow Euler (as shipped)",
+    "DPM++-2 flow zero",
+    "UniPC-2 flow zero",
+    "DEIS-2 flow zero",
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Held-out errors of a sampler with and without its calibrated data.
+
+    Args:
+        images: how many pairs.
+        parent, calibrated: mean relative error |z - z*|/|z*| to the teacher.
+        parent_median, calibrated_median: medians of the same.
+        difference: mean of calibrated - parent, image by image.
+        low, high: its 95 % bootstrap interval over images.
+    """
+
+    images: int
+    parent: float
+    calibrated: float
+    parent_median: float
+    calibrated_median: float
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def helps(self) -> bool:
+        """Whether the error falls, and the interval excludes zero."""
+        return self.high < 0
+
+    def __str__(self) -> str:
+        interval = f"{self.difference:+.4f}, 95 % [{self.low:+.4f}, {self.high:+.4f}]"
+        change = f"{self.parent:.4f} -> {self.calibrated:.4f} ({interval})"
+        return f"{change} on {self.images} held-out images" + ("" if self.helps else ": no benefit found")
+
+    def to_json(self) -> dict[str, Any]:
+        """For the receipt."""
+        return dict(vars(self)) | {"verdict": "helps" if self.helps else "no benefit found"}
+
+
+def verdict(parent: Sequence[float] | np.ndarray, calibrated: Sequence[float] | np.ndarray) -> Verdict:
+    """Compare errors of the same images, (n,) each.
+
+    An error that is not finite counts as the largest float, so that a run that diverged cannot win.
+    """
+    a, b = (np.nan_to_num(np.asarray(v, np.float64), nan=1e30, posinf=1e30) for v in (parent, calibrated))
+    change = b - a
+    draws = np.random.default_rng(0).integers(0, len(change), (DRAWS, len(change)))
+    low, high = np.quantile(change[draws].mean(axis=1), (0.025, 0.975))
+    values = (a.mean(), b.mean(), np.median(a), np.median(b), change.mean(), low, high)
+    return Verdict(len(change), *(float(v) for v in values))
+
+
+def errors(states: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+    """Relative error of each image, (n,), from states (n, ...)."""
+    z, target = (np.asarray(v, np.float64).reshape(len(v), -1) for v in (states, teacher))
+    return np.linalg.norm(z - target, axis=1) / np.linalg.norm(target, axis=1)
+
+
+def ends(engine: Engine, name: str, batches: Sequence[Batch], make: Callable[[], Any], steps: int) -> np.ndarray:
+    """The last states of runs with a scheduler, (n, ...) float64, in the order of this process's batches.
+
+    Args:
+        name: of this piece of work, for going on after a stop.
+        make: a new scheduler.
+        steps: `num_inference_steps`.
+    """
+
+    def work(batch: Batch) -> dict[str, np.ndarray]:
+        return {"z": engine.run(batch, make(), steps).detach().double().cpu().numpy()}
+
+    def joined(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"z": np.concatenate([a["z"], b["z"]])}
+
+    return engine.accumulate(name, batches, work, joined, gather=False)["z"]
+
+
+def over_processes(engine: Engine, name: str, values: np.ndarray) -> np.ndarray:
+    """Numbers of all processes' images, in rank order."""
+    parts = engine.world.gather(name, np.ascontiguousarray(values, np.float64).tobytes(), timeout=None)
+    return np.concatenate([np.frombuffer(part) for part in parts])
+
+
+def best_stock(
+    engine: Engine, name: str, batches: Sequence[Batch], teacher: np.ndarray, calls: int, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The best of a few settings of diffusers' own schedulers at the same calls, picked on the same images.
+
+    Returns:
+        {"scheduler", "error", "median", "tried"}.
+    """
+    found: list[tuple[float, float, str]] = []
+    for candidate in (c for c in stock(config) if c.name in STOCK):
+        try:
+            states = ends(engine, f"{name}/{candidate.name}", batches, lambda c=candidate: c.make(config), calls)  # type: ignore[misc]
+        except (ValueError, IndexError, RuntimeError, ImportError):  # a stock scheduler that cannot run this grid
+            continue
+        e = over_processes(engine, f"{name}/{candidate.name}/errors", errors(states, teacher))
+        found.append((float(np.nan_to_num(e, nan=1e30).mean()), float(np.median(e)), candidate.name))
+    error, median, chosen = min(found)
+    return {"scheduler": chosen, "error": error, "median": median, "tried": len(found)}
