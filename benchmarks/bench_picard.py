@@ -167,7 +167,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [
         "", "## Embedded pipelines: one image's rows in a batch, against fewer steps one after the other", "",
         "Errors: median relative distance of the final latents. The last three columns spend as many calls, one after "
-        "the other, as `paradigms` took sweeps. Seconds in the denoiser on one CPU core, which one row keeps busy, over "
+        "the other, as `paradigms` took sweeps. Seconds in the denoiser on one CPU core (one row keeps it busy) over "
         "those of the run with `window=1`.",
         "",
         "| model, sampler | held fixed | tol | rows | sweeps | calls | seconds / sequential | to the sequential run | "
