@@ -233,6 +233,12 @@ class Engine:
         self._progress = progress and self.world.rank == 0
         self._bar: Any = None
 
+    def guide(self, guidance: float | None) -> None:
+        """Run with another guidance scale from here on; None: the pipeline's own."""
+        self.guidance = guidance
+        self.call = {k: v for k, v in self.call.items() if k != "guidance_scale"}
+        self.call |= {} if guidance is None else {"guidance_scale": guidance}
+
     # ------------------------------------------------------------------ cost
     @property
     def seconds(self) -> float:
