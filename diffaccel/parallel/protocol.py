@@ -39,6 +39,7 @@ class World(Protocol):
     rank: int
     size: int
     device: torch.device
+    timeout: float  # seconds for which a rank waits for another
     traffic: Traffic  # of this rank
 
     def run(self, job: Callable[[int], T]) -> list[T]:
@@ -120,7 +121,7 @@ class SoloWorld(Context):
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self.traffic = Traffic()
+        self.timeout, self.traffic = TIMEOUT, Traffic()
         self._counters: dict[str, int] = {}
 
     def run(self, job: Callable[[int], T]) -> list[T]:
