@@ -39,7 +39,8 @@ class Kind:
 
     Args:
         name: as users type it.
-        make: `make(subject, **options)`; its parameters after the first are the options.
+        make: a function of the options, or of a subject (what is rewritten) and the options.
+        subject: whether there is a subject.
         stage: where it stands in the fixed order.
         rank: its place within the stage.
         clashes: other parts (rewriters or policies) that it cannot be combined with, and why.
@@ -50,11 +51,12 @@ class Kind:
     stage: str
     rank: int = 0
     clashes: Mapping[str, str] = field(default_factory=dict)
+    subject: bool = True
 
     @property
     def parameters(self) -> list[inspect.Parameter]:
         """The options."""
-        return list(inspect.signature(self.make).parameters.values())[1:]
+        return list(inspect.signature(self.make).parameters.values())[self.subject :]
 
 
 class Register:
@@ -63,16 +65,17 @@ class Register:
     Args:
         what: "rewriter" or "policy", for messages.
         stages: the fixed order in which parts act, whatever order the user lists.
+        subject: whether the functions take what is rewritten before their options.
     """
 
-    def __init__(self, what: str, stages: Sequence[str]) -> None:
-        self.what, self.stages = what, tuple(stages)
+    def __init__(self, what: str, stages: Sequence[str], *, subject: bool = True) -> None:
+        self.what, self.stages, self.subject = what, tuple(stages), subject
         self.kinds: dict[str, Kind] = {}
 
     def __call__(
         self, name: str, *, stage: str, rank: int = 0, clashes: Mapping[str, str] | None = None
     ) -> Callable[[Callable[..., Any]], Callable[..., Part]]:
-        """Register `make(subject, **options)`; the decorated name then makes a `Part` from the options.
+        """Register a function; the decorated name then makes a `Part` from the options.
 
         Raises:
             OptionError: if the name is taken by another function.
@@ -84,7 +87,7 @@ class Register:
             place = (make.__module__, make.__qualname__)
             if old is not None and (old.make.__module__, old.make.__qualname__) != place:
                 raise OptionError(f"a {self.what} named {name!r} is registered already, by {old.make.__module__}")
-            kind = self.kinds[name] = Kind(name, make, stage, rank, dict(clashes or {}))
+            kind = self.kinds[name] = Kind(name, make, stage, rank, dict(clashes or {}), self.subject)
             signature = inspect.Signature(kind.parameters, return_annotation=Part)
 
             @functools.wraps(make)

@@ -37,7 +37,7 @@ NEAREST = {
     "edm": "EDMDPMSolverMultistepScheduler",
 }
 # constructor arguments that do not concern the path
-OURS = ("sampler", "sampler_options", "artifact", "rewrite", "check_finite")
+OURS = ("sampler", "sampler_options", "artifact", "rewrite", "policy", "check_finite")
 
 
 def merged(cls: Any, config: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -59,7 +59,7 @@ def merged(cls: Any, config: Mapping[str, Any], given: Mapping[str, Any]) -> tup
         # a config of ours states its grid, or that the path's own is meant: its foreign keys (`timestep_spacing`, often
         # a mere default of the class that the model came with) do not speak again
         settings |= {k: config.get(k) for k in ("grid", "grid_options") if not {k, "grid"} & set(to_path)}
-    for name in ("check_finite", "rewrite"):
+    for name in ("check_finite", "rewrite", "policy"):
         if name in ours or name in config:
             settings[name] = ours.get(name, config.get(name))
     if "source_class" in config:  # a config of ours: it knows where it came from, or that nobody knows

@@ -1,4 +1,9 @@
-"""Policies: what is decided during a run, on the x0-prediction of each image by itself."""
+"""Policies: what is decided during a run, for each image by itself.
+
+Two of them act on the x0-prediction and are settings of diffusers (thresholding, clipping). The others are registered
+with `@policy(name, stage=...)` as functions of their options; what they return has `begin(table, path, output, fed)`,
+which gives the state of one run.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,13 @@ from typing import Any
 import torch
 
 from ..errors import OptionError
+from ..samplers.parts import Register, refuse_clashes
+from ..samplers.rewrite import REWRITERS
+from ..samplers.rewrite import read as read_rewrites
+
+STAGES = ("target",)
+POLICIES = Register("policy", STAGES, subject=False)
+policy = POLICIES
 
 Policy = Callable[[torch.Tensor], torch.Tensor]
 
@@ -55,3 +67,16 @@ def policy_of(settings: Mapping[str, Any]) -> Policy | None:
     if settings["thresholding"]:
         return dynamic_threshold(settings["dynamic_thresholding_ratio"], settings["sample_max_value"])
     return clip(settings["clip_sample_range"]) if settings["clip_sample"] else None
+
+
+def target_of(settings: Mapping[str, Any]) -> Any:
+    """The policy of a scheduler's config that aims rows elsewhere, or None.
+
+    Raises:
+        OptionError: for unknown policies or options, more than one, or one that a rewriter of the config excludes.
+    """
+    parts = POLICIES.read(settings.get("policy"))
+    refuse_clashes([*((REWRITERS, p) for p in read_rewrites(settings.get("rewrite"))), *((POLICIES, p) for p in parts)])
+    if len(parts) > 1:
+        raise OptionError(f"policies {', '.join(str(p) for p in parts)} both aim rows elsewhere; choose one")
+    return POLICIES.kinds[parts[0].name].make(**parts[0].options) if parts else None

@@ -20,6 +20,7 @@ from ..errors import RunError
 from ..samplers.begin import begin_at
 from ..samplers.registry import Sampler
 from .policy import Policy
+from .time_shift import Shifts
 
 
 class Shaped:
@@ -118,6 +119,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     checked: torch.Tensor | None = None  # copy of `sigmas`, to notice edits from outside
     policy: Policy | None = None
+    shifts: Shifts | None = None  # the policy that aims rows elsewhere
     prepared: bool = False  # the rows from the first one are compiled already, because they hold much (tensors)
     watch: str = ""  # where to look for NaN: "" nowhere, "cpu", "always"
 
@@ -136,6 +138,7 @@ class Run:
         twin = copy.copy(self)
         for name in ("history", "registers", "draws", "notes", "rows"):
             setattr(twin, name, list(getattr(self, name)))
+        twin.shifts = None if self.shifts is None else self.shifts.copy()
         twin.timesteps, twin.sigmas = self.timesteps.clone(), self.sigmas.clone()
         return twin
 

@@ -108,6 +108,17 @@ class Surface:
         )
 
     @property
+    def fed_timesteps(self) -> torch.Tensor | None:
+        """(B,) what the model is to be fed next in place of the grid's timestep, where a policy asks for it."""
+        run = self._runs.get()
+        return None if run is None or run.shifts is None else run.shifts.fed
+
+    def policy_report(self) -> dict[str, Any] | None:
+        """What the policy did in this thread's run (counts, shares); None without one. Reads the device."""
+        run = self._runs.get()
+        return None if run is None or run.shifts is None else run.shifts.report()
+
+    @property
     def model_outputs(self) -> list[torch.Tensor]:
         """The predictions that later rows will use, newest first; edits of the list reach them."""
         return self._runs.need().history
@@ -160,7 +171,8 @@ class Surface:
         grid, options, final = grid_of(self.config)
         what = f"path {self.config.path}, model predicts {self.config.prediction_type}"
         head = f"{what}, grid {grid}{options or ''} to {final}"
-        return "\n".join([head, run.table.describe(), *run.notes])
+        done = [] if run.shifts is None else [run.shifts.describe()]
+        return "\n".join([head, run.table.describe(), *done, *run.notes])
 
     # ------------------------------------------------------------------ copies
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -16,6 +16,7 @@ from diffusers.utils import BaseOutput
 
 from ..artifact import Artifact
 from ..core.current import Announcing
+from ..core.table import Table
 from ..errors import OptionError, RunError, one_of
 from ..identity import check_model
 from ..samplers.registry import Sampler
@@ -23,10 +24,11 @@ from ..samplers.rewrite import read as read_rewrites
 from ..samplers.rewrite import rewritten
 from .artifacts import beside, calibrated_options, check_sample, entry_of
 from .compat import COMPATIBLES, NEAREST, merged
+from .feed import is_fed
 from .from_config import BETA_KEYS, check, output_of, path_of
 from .guards import check_finite, first_call, numbers, only_neutral, output_for, state_for
 from .plan import edited, plan
-from .policy import policy_of
+from .policy import POLICIES, policy_of, target_of
 from .registration import public, register_library
 from .run import PerThread, Run, advance
 from .surface import Surface
@@ -153,9 +155,7 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
             self.register_to_config(artifact=entry_of(self._artifact))
         output_of(self.config)
         policy_of(self.config)
-        refuse_clashes([*((REWRITERS, p) for p in read_rewrites(self.config.rewrite)),
-                        *((POLICIES, p) for p in POLICIES.read(self.config.policy))])
-        self._target()
+        target_of(self.config)
         one_of("check_finite", self.config.check_finite, ("cpu", "always", "never"))
 
     # ------------------------------------------------------------------ building
@@ -263,6 +263,7 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         sampler, options = self._sampler()
         given = (num_inference_steps, device, numbers(sigmas, "sigmas"), numbers(timesteps, "timesteps"), mu)
         run = plan(self.config, sampler, options, *given)
+        self._aim(run, run.table)
         self._runs.set(run)
         if not run.table.scalar:
             self._compile(run, 0)
@@ -367,21 +368,12 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         run.counter = start
         return run
 
-    def _target(self) -> Any:
-        """The policy that aims rows elsewhere, or None."""
-        parts = POLICIES.read(self.config.policy)
-        return POLICIES.kinds[parts[0].name].make(**parts[0].options) if parts else None
-
-    @property
-    def fed_timesteps(self) -> torch.Tensor | None:
-        """(B,) what the model is to be fed next in place of the grid's timestep, where a policy asks for it."""
-        run = self._runs.get()
-        return None if run is None or run.shifts is None else run.shifts.fed
-
-    def policy_report(self) -> dict[str, Any] | None:
-        """What the policy did in this thread's run (counts, shares); None without one. Reads the device."""
-        run = self._runs.get()
-        return None if run is None or run.shifts is None else run.shifts.report()
-
     def _compile(self, run: Run, k: int) -> None:
         run.open_at(k, *self._sampler(), output_of(self.config), policy_of(self.config))
+        self._aim(run, Table(tuple(c.row for c in run.rows), run.table.sampler))
+
+    def _aim(self, run: Run, table: Table) -> None:
+        """Begin the policy that aims rows elsewhere, if there is one."""
+        target = target_of(self.config)
+        if target is not None:
+            run.shifts = target.begin(table, run.grid.path, output_of(self.config), is_fed(self))
