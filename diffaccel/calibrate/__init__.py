@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 # public function -> module that defines it
-_NAMES = {"ems": "ems", "dc": "dc", "check": "check"}
+_NAMES = {"ems": "ems", "dc": "dc", "check": "check", "fit": "fit", "fit_function": "fit", "extend": "fit"}
 
 __all__ = [*_NAMES]
 

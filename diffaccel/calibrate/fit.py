@@ -1,0 +1,290 @@
+"""`calibrate.fit`: tables fitted to a checkpoint's own trajectories, with a receipt; no training, no backward pass."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+
+from ..artifact import Artifact, path_identity
+from ..compare import stock
+from ..core.node import Node
+from ..core.path import Nodes, Path
+from ..errors import ArtifactWarning, OptionError
+from ..identity import check_model, model_identity
+from ..prompts import read_prompts
+from ..samplers.fitted import Rows, Tables
+from .engine import Engine
+from .fit_core import Fitted, Fitting, Plan
+from .fit_guard import Errors, relative
+from .fit_pipe import Piped
+from .fit_run import Functional
+from .grid import AUTO
+from .validate import STOCK
+
+KIND = "fit"
+
+
+def fit(
+    pipe: Any,
+    prompts: str | os.PathLike[str] | Sequence[str] | None = None,
+    calls: int | Sequence[int] = 8,
+    *,
+    samples: int = 16,
+    holdout: int = 32,
+    seed: int = 0,
+    teacher_steps: int = 100,
+    order: int = 3,
+    ridge: float = 1e-4,
+    grids: str | Sequence[str] = "auto",
+    rounded: bool = False,
+    rivals: str = "usual",
+    guidance: float | None = None,
+    batch: int = 8,
+    memory_limit: int = 1 << 30,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **call: Any,
+) -> Artifact:
+    """Fit tables to a pipeline: `FittedScheduler.from_config(config, artifact=fit(pipe, prompts, calls=(5, 8)))`.
+
+    The pipeline runs by its own call, without gradients, and is left as it was. Input i has prompt i (mod their
+    number) and the noise of seed + i; the first `samples` are fitted to, the next `holdout` only judge. Where the
+    fitted table is not better than what is there already, the artifact holds the best analytic table of the two that
+    were tried, and the receipt's verdict says so.
+
+    Args:
+        pipe: text-to-image or class-conditional.
+        prompts: like the ones that it will be used with: a list or a file (classes of class-conditional models).
+            16 or more; 48 different ones also judge on prompts that were not fitted to.
+        calls: budgets of model calls.
+        samples, holdout, teacher_steps, order, ridge, rounded, rivals: see `fit_core.Plan`.
+        seed: of the first input's noise.
+        grids: candidates of `grid.GRIDS`; "auto" is all of them.
+        guidance: `guidance_scale` of the pipeline's call; None leaves the pipeline's own.
+        batch: images that run together. As many as `samples` make the fit cheapest.
+        memory_limit: bytes that the teacher's states may take; above, the teacher runs twice.
+        out: where the artifact will be saved; a stopped fit goes on from `OUT.partial`. The file is written at the end.
+        progress: print the planned cost and show a bar.
+        call: further arguments of the pipeline's call (height, width, ...).
+
+    Returns:
+        artifact of kind "fit"; `print(artifact.receipt)`.
+
+    Raises:
+        OptionError: no prompts, numbers out of range, inputs that are equal, a pipeline that cannot be driven.
+        RunError: outputs that are not finite.
+
+    Warns:
+        ArtifactWarning: for what the receipt warns of.
+    """
+    if prompts is None:
+        raise OptionError("fit needs prompts: 16 or more like those that you will use, a list or a file (one a line)")
+    named = read_prompts(FilePath(prompts) if isinstance(prompts, os.PathLike) else prompts)
+    plan = Plan(_budgets(calls), samples, holdout, teacher_steps, order, ridge, _grids(grids), rounded, rivals)
+    settings = {"kind": KIND, "plan": _json(plan), "model": model_identity(pipe)["weights_sha256"]}
+    engine = Engine(
+        pipe, named, guidance=guidance, call=call, batch=batch, seed=seed, out=out, settings=settings, progress=progress
+    )
+    runner = Piped(engine)
+    tried = _rivals(pipe, rivals)
+    made = Fitting(runner, plan, own=runner.own_nodes, memo=runner.memo, rivals=_measure(runner, tried))
+    twice = made.runs_twice(memory_limit, _elements(runner))
+    planned = plan.cost(batch, len(tried), twice)
+    if progress:
+        again = ", the teacher twice because its states need more than memory_limit" if twice else ""
+        print(f"fit: at most {planned} model calls ({planned / 50:.0f} images at 50 calls){again}", flush=True)
+    with engine.working(planned, "fit"):
+        tables, common = _all(made)
+    meta = {
+        "path": path_identity(runner.path, runner.reading.settings["prediction_type"]),
+        "model": model_identity(pipe),
+        "guidance": guidance if guidance is not None else _default(pipe, "guidance_scale"),
+        "shape": list(made.teacher.images[0].shape),
+        "seeds": [seed, seed + samples + holdout],
+        "call": {k: str(v) for k, v in call.items()},
+        "cost": engine.cost,
+    }
+    artifact = _artifact(plan, tables, common, meta, None if out is None else FilePath(out).name)
+    if out is not None:
+        artifact.save(out)
+    engine.kept.remove()
+    return artifact
+
+
+def fit_function(
+    predict: Callable[[np.ndarray, Node], np.ndarray],
+    path: Path,
+    noise: np.ndarray,
+    calls: int | Sequence[int] = 8,
+    *,
+    samples: int = 16,
+    batch: int = 1 << 30,
+    **options: Any,
+) -> Artifact:
+    """`fit` for a plain function: notebooks, tests.
+
+    Args:
+        predict: `predict(x, node)` gives the x0-prediction for states x (B, ...).
+        path: of the model.
+        noise: (samples + holdout, ...) standard normal; the first `samples` are fitted to, the others judge.
+        calls: budgets.
+        batch: inputs that run together.
+        options: `teacher_steps`, `order`, `ridge`, `grids`, `rounded`: as of `fit`.
+
+    Returns:
+        artifact of kind "fit" without a model; the path's prediction type is "sample".
+    """
+    noise = np.asarray(noise)
+    grids = _grids(options.pop("grids", "auto"))
+    plan = Plan(_budgets(calls), samples, len(noise) - samples, grids=grids, rivals="none", **options)
+    made = Fitting(Functional(predict, path, noise, batch), plan)
+    tables, common = _all(made)
+    meta = {"path": path_identity(path, "sample"), "shape": list(noise.shape[1:])}
+    return _artifact(plan, tables, common, meta, None)
+
+
+def extend(artifact: Artifact, pipe: Any, prompts: Any, calls: int | Sequence[int], **options: Any) -> Artifact:
+    """The artifact with tables for further budgets, fitted as its own were.
+
+    The rows are fitted to states that no artifact holds, so the teacher runs again.
+
+    Args:
+        artifact: of `fit`, made on this checkpoint.
+        pipe, prompts, calls: as of `fit`; guidance and the plan are the artifact's.
+        options: `batch`, `memory_limit`, `out`, `progress`, and arguments of the pipeline's call.
+
+    Raises:
+        ArtifactError: made on another checkpoint.
+        OptionError: budgets that it holds already, options that the artifact decides.
+    """
+    check_model(artifact.of_kind(KIND), pipe)
+    fixed = {k: v for k, v in artifact.meta["options"].items() if k != "calls"}
+    taken = sorted({*fixed, "guidance", "seed"} & set(options))
+    known = sorted(set(_budgets(calls)) & set(artifact.meta["calls"]))
+    if taken or known:
+        what = f"{', '.join(taken)}: decided by the artifact" if taken else f"it holds tables for {known} calls already"
+        raise OptionError(f"extend: {what}")
+    guidance = artifact.meta["guidance"] if _default(pipe, "guidance_scale") is not None else None
+    seed = artifact.meta["seeds"][0]
+    more = fit(pipe, prompts, calls, guidance=guidance, seed=seed, **fixed, **options)
+    receipt = {**artifact.meta["receipt"], **more.meta["receipt"]}
+    cost = {k: artifact.meta["cost"][k] + more.meta["cost"][k] for k in ("calls", "seconds")}
+    both = sorted({*artifact.meta["calls"], *more.meta["calls"]})
+    options_ = {**artifact.meta["options"], "calls": both}
+    meta = artifact.meta | {"receipt": receipt | {"cost": cost}, "cost": cost, "calls": both, "options": options_}
+    joined = Artifact(KIND, {**artifact.tensors, **more.tensors}, meta, artifact.file)
+    if options.get("out") is not None:
+        joined.save(options["out"])
+    return joined
+
+
+def rows_of(artifact: Artifact, calls: int) -> Rows:
+    """The normalised rows of a budget, with their nodes."""
+    return Tables.of(artifact).rows(calls)
+
+
+# ---------------------------------------------------------------------- parts
+def _budgets(calls: int | Sequence[int]) -> tuple[int, ...]:
+    return (calls,) if isinstance(calls, int) else tuple(sorted(set(calls)))
+
+
+def _grids(grids: str | Sequence[str]) -> tuple[str, ...]:
+    if grids == "auto":
+        return AUTO
+    return (grids,) if isinstance(grids, str) else tuple(grids)
+
+
+def _json(plan: Plan) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(plan).items()}
+
+
+def _default(pipe: Any, name: str) -> Any:
+    found = inspect.signature(pipe.__call__).parameters.get(name)
+    return None if found is None or found.default is inspect.Parameter.empty else found.default
+
+
+def _elements(runner: Piped) -> int:
+    """Elements of one input's state, by a run that is left at its first call."""
+    seen: list[int] = []
+
+    def step(i: int, x: np.ndarray, d: np.ndarray) -> None:
+        seen.append(x[0].size)
+
+    path = runner.path
+    runner.run([0], Nodes([path.first, path.end], path), step)
+    return seen[0]
+
+
+def _rivals(pipe: Any, which: str) -> list[Any]:
+    if which == "none":
+        return []
+    found = stock(pipe.scheduler.config)
+    return found if which == "all" else [c for c in found if c.name in STOCK]
+
+
+def _measure(runner: Piped, tried: list[Any]) -> Callable[..., list[Errors]]:
+    """Errors of the pipeline's present scheduler (first, if it can spend so many calls) and of others."""
+
+    def measured(inputs: Sequence[int], calls: int, images: dict[int, np.ndarray]) -> list[Errors]:
+        wanted = np.stack([images[n] for n in inputs])
+        name = f"the pipeline's {type(runner.engine.pipe.scheduler).__name__}"
+        runs: list[tuple[str, Any, int | None, bool]] = [(name, None, None, False)]
+        runs += [(c.name, c.make, c.steps(calls), c.ramp) for c in tried]
+        found = []
+        for name, make, steps, ramp in runs:
+
+            def compute(make: Any = make, steps: Any = steps, ramp: Any = ramp) -> dict[str, np.ndarray]:
+                try:
+                    states = runner.rival(inputs, calls, make, steps, ramp)
+                except (ValueError, IndexError, RuntimeError, ImportError):  # it cannot run this path or this number
+                    states = None
+                return {"e": np.zeros(0) if states is None else relative(states, wanted)}
+
+            errors = runner.memo(f"rivals/{calls}/{name}", compute)["e"]
+            if len(errors):
+                found.append(Errors(name, errors))
+            elif make is None:
+                found.append(Errors(f"{name} (cannot make {calls} calls)", np.full(len(inputs), np.inf)))
+        return found
+
+    return measured
+
+
+def _all(made: Fitting) -> tuple[dict[int, Fitted], dict[str, Any]]:
+    """The tables of every budget, and what concerns all of them."""
+    made.learn()
+    gap = made.gap()
+    tables = {calls: made.fit(calls) for calls in made.plan.calls}
+    least = min(t.report["held-out"]["rmse"] for t in tables.values())
+    common: dict[str, Any] = {"teacher's own error (K against K/2 steps)": float(f"{gap:.3g}")}
+    if gap > least / 3:
+        common["warning"] = (
+            f"the teacher is not converged: with half its steps it lands {gap:.3g} away, and the least held-out error "
+            f"is {least:.3g}; take more teacher_steps"
+        )
+    return tables, common
+
+
+def _artifact(
+    plan: Plan, tables: dict[int, Fitted], common: dict[str, Any], meta: dict[str, Any], file: str | None
+) -> Artifact:
+    receipt = {f"{n} calls": table.report for n, table in tables.items()} | common
+    if "cost" in meta:
+        receipt["cost"] = meta["cost"]
+    for where, entry in receipt.items():
+        for text in entry.get("warnings", ()) if isinstance(entry, dict) else ():
+            warnings.warn(f"fit, {where}: {text}", ArtifactWarning, stacklevel=3)
+    if "warning" in common:
+        warnings.warn(f"fit: {common['warning']}", ArtifactWarning, stacklevel=3)
+    tensors: dict[str, np.ndarray] = {}
+    for n, table in tables.items():
+        tensors |= table.tensors(n)
+    fixed = {"calls": list(plan.calls), "options": _json(plan), "scheduler": {"sampler": "fitted"}, "receipt": receipt}
+    return Artifact(KIND, tensors, fixed | meta, file or "")

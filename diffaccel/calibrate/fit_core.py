@@ -1,0 +1,309 @@
+"""What a fit does, and in which order: teacher, candidates, rows, guard. Knows no pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..core.path import Nodes
+from ..errors import OptionError, one_of
+from .fit_guard import Errors, Judgement, judge, relative
+from .fit_rows import Gram
+from .fit_run import Runner, Teacher, analytic, batches, fit_rows, start_rows, student, teach
+from .grid import AUTO, GRIDS, choose, teacher_nodes
+
+Tensors = dict[str, np.ndarray]
+RIVALS = ("usual", "all", "none")
+Memo = Callable[[str, Callable[[], Tensors]], Tensors]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a fit does; every field enters the artifact.
+
+    Args:
+        calls: budgets.
+        samples: inputs S that rows are fitted to (8 are enough, 4 work).
+        holdout: inputs that only judge, and are reported.
+        teacher_steps: K; the teacher makes K + 1 calls an input.
+        order: predictions that a row combines, 1 to 4.
+        ridge: relative weight of the pull to the analytic rows.
+        grids: candidates; the best by cross-validation is taken.
+        rounded: nodes at whole training steps, for models that embed integers.
+        rivals: which of diffusers' schedulers are measured beside: "usual", "all", "none".
+    """
+
+    calls: tuple[int, ...]
+    samples: int = 16
+    holdout: int = 32
+    teacher_steps: int = 100
+    order: int = 3
+    ridge: float = 1e-4
+    grids: tuple[str, ...] = AUTO
+    rounded: bool = False
+    rivals: str = "usual"
+
+    def __post_init__(self) -> None:
+        if not self.calls or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in self.calls):
+            raise OptionError(f"calls must be one or more numbers of model calls, got {self.calls!r}")
+        if self.samples < 4 or self.holdout < 4:
+            raise OptionError(f"a fit needs 4 or more inputs and 4 held out, got {self.samples} and {self.holdout}")
+        if max(self.calls) >= self.teacher_steps / 4:
+            raise OptionError(
+                f"{max(self.calls)} calls against a teacher of {self.teacher_steps} steps: nothing to gain; take fewer "
+                "calls or more teacher_steps"
+            )
+        if self.order not in (1, 2, 3, 4) or not self.ridge >= 0:
+            raise OptionError(f"order must be 1 to 4 and ridge 0 or more, got {self.order!r} and {self.ridge!r}")
+        if not self.grids:
+            raise OptionError(f"grids must name one or more of {', '.join(GRIDS)}")
+        for name in self.grids:
+            one_of("grid", name, GRIDS)
+        one_of("rivals", self.rivals, RIVALS)
+
+    def cost(self, batch: int, rivals: int, twice: bool) -> int:
+        """Model calls that it will make, at most (a guidance pair counts once).
+
+        Args:
+            batch: inputs that run together.
+            rivals: schedulers measured beside.
+            twice: whether the teacher runs a second time, because its states do not fit in memory.
+        """
+        s, k = self.samples, self.teacher_steps
+        half = s // 2
+        total = (k + 1) * (s * (1 + twice) + self.holdout) + 2 * (k // 2 + 1)
+        for n in self.calls:
+            for part in (half, s - half) if len(self.grids) > 1 else ():
+                total += len(self.grids) * (_row_calls(n, part, batch) + n * part)
+            total += _row_calls(n, s, batch) + n * s + n * self.holdout * (3 + rivals + 1)
+        return total
+
+
+def _row_calls(calls: int, inputs: int, batch: int) -> int:
+    return inputs * (calls if inputs <= batch else calls * (calls + 1) // 2)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The table of one budget, and what was measured of it."""
+
+    nodes: Nodes
+    w: np.ndarray
+    start: np.ndarray
+    report: dict[str, Any]
+
+    def tensors(self, calls: int) -> dict[str, np.ndarray]:
+        """For the artifact."""
+        node = np.array([n.key for n in self.nodes[:-1]])
+        return {f"n{calls}.node": node, f"n{calls}.w": self.w, f"n{calls}.start": self.start}
+
+
+# rivals(inputs, calls, images): errors of the pipeline's present scheduler, then of others
+Rivals = Callable[[Sequence[int], int, dict[int, np.ndarray]], list[Errors]]
+
+
+class Fitting:
+    """One fit: inputs 0..S-1 are fitted to, S..S+holdout-1 judge.
+
+    Args:
+        runner: of the model.
+        plan: what to do.
+        own: the nodes of the pipeline's own grid at so many calls, if it has one.
+        memo: keeps pieces of work, for going on after a stop.
+        rivals: the pipeline's present scheduler (first) and others; none for a plain function.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        plan: Plan,
+        *,
+        own: Callable[[int], Nodes | None] = lambda calls: None,
+        memo: Memo = lambda name, compute: compute(),
+        rivals: Rivals = lambda *_: [],
+    ) -> None:
+        self.runner, self.plan, self.own, self.memo, self.rivals = runner, plan, own, memo, rivals
+        self.keeps = True  # the teacher's states
+        self.inputs = list(range(plan.samples))
+        self.held = list(range(plan.samples, plan.samples + plan.holdout))
+        nodes = teacher_nodes(runner.path, plan.teacher_steps, rounded=plan.rounded)
+        self.teacher = Teacher(nodes, Gram(len(nodes) - 1))
+
+    # ------------------------------------------------------------------ teacher
+    def learn(self) -> None:
+        """Run the teacher on all inputs; keep the states if they fit in memory."""
+        for k, group in enumerate(batches(self.inputs, self.runner.batch)):
+            self._learn(f"teacher/{k}", group, gram=True)
+        for k, group in enumerate(batches(self.held, self.runner.batch)):
+            self._learn(f"held/{k}", group, gram=False)
+
+    def _learn(self, name: str, group: list[int], *, gram: bool) -> None:
+        size = len(self.teacher.nodes) - 1
+
+        def compute() -> Tensors:
+            made = Teacher(self.teacher.nodes, Gram(size))
+            keep = range(size) if gram and self.keeps else ()
+            teach(self.runner, group, made, gram=gram, keep=keep)
+            found = {"images": np.stack([made.images[n] for n in group])}
+            if gram:
+                found |= {"gram": made.gram.products, "elements": np.array(made.gram.elements)}
+            if keep:
+                found["states"] = np.stack([[made.states[k, n] for n in group] for k in range(size)])
+            return found
+
+        found = self.memo(name, compute)
+        self.teacher.images.update(zip(group, found["images"], strict=True))
+        if gram:
+            self.teacher.gram.merge(Gram(size, found["gram"], int(found["elements"])))
+        if "states" in found:
+            states = found["states"]
+            self.teacher.states.update({(k, n): states[k][j] for k in range(size) for j, n in enumerate(group)})
+
+    def runs_twice(self, limit: int, elements: int) -> bool:
+        """Decide whether the states are kept. Returns whether the teacher must run twice.
+
+        Args:
+            limit: bytes.
+            elements: of one input's state.
+        """
+        self.keeps = 4 * elements * len(self.inputs) * len(self.teacher.nodes) <= limit
+        return not self.keeps
+
+    def again(self, chosen: Sequence[int]) -> None:
+        """Where the states did not fit: run the teacher once more for those at the chosen nodes."""
+        missing = sorted({k for k in chosen if (k, self.inputs[0]) not in self.teacher.states})
+        if missing:
+            teach(self.runner, self.inputs, self.teacher, gram=False, keep=missing)
+
+    def gap(self) -> float:
+        """How far a teacher of half as many steps lands from the teacher, on two inputs: root mean square error."""
+        path, steps = self.runner.path, self.plan.teacher_steps // 2
+        nodes = teacher_nodes(path, steps, rounded=self.plan.rounded)
+        coarse = Teacher(nodes, Gram(len(nodes) - 1))
+        pair = self.inputs[:2]
+
+        def compute() -> Tensors:
+            teach(self.runner, pair, coarse, gram=False, keep=())
+            return {"images": np.stack([coarse.images[n] for n in pair])}
+
+        found = self.memo("gap", compute)["images"]
+        return float(np.sqrt(np.mean(relative(found, self._images(pair)) ** 2)))
+
+    def _images(self, inputs: Sequence[int]) -> np.ndarray:
+        return np.stack([self.teacher.images[n] for n in inputs])
+
+    # ------------------------------------------------------------------ one budget
+    def fit(self, calls: int) -> Fitted:
+        """The table for this many calls, judged."""
+        candidates = self._candidates(calls)
+        self.again([k for chosen in candidates.values() for k in chosen])
+        scores = {name: self._validated(calls, name, chosen) for name, chosen in candidates.items()}
+        name = min(scores, key=lambda n: scores[n])
+        chosen = candidates[name]
+        nodes = self.teacher.at(chosen)
+        w = self._rows(f"rows/{calls}", self.inputs, chosen)
+        start = start_rows(self.teacher.gram, nodes, chosen, self.plan.order, self.plan.ridge)
+        report: dict[str, Any] = {"grid": name, "candidates": {k: float(f"{v:.4g}") for k, v in scores.items()}}
+        return self._judged(calls, Fitted(nodes, w, start, report))
+
+    def _candidates(self, calls: int) -> dict[str, list[int]]:
+        own = self.own(calls)
+        found: dict[str, list[int]] = {}
+        for name in self.plan.grids:
+            chosen = choose(name, self.teacher.gram, self.teacher.nodes, calls, None if own is None else own[:-1])
+            if chosen is not None and chosen not in found.values():
+                found[name] = chosen
+        if not found:
+            raise OptionError(f"none of the grids {', '.join(self.plan.grids)} has {calls} nodes on this path")
+        return found
+
+    def _rows(self, name: str, inputs: Sequence[int], chosen: Sequence[int]) -> np.ndarray:
+        plan, nodes = self.plan, self.teacher.at(chosen)
+        target = self.teacher.target(chosen)
+
+        def compute() -> Tensors:
+            return {"w": fit_rows(self.runner, inputs, nodes, target, order=plan.order, ridge=plan.ridge)}
+
+        return self.memo(name, compute)["w"]
+
+    def _validated(self, calls: int, name: str, chosen: Sequence[int]) -> float:
+        """Geometric mean of the errors of each half of the inputs, with rows fitted to the other half."""
+        if len(self.plan.grids) == 1:
+            return float("nan")
+        half = len(self.inputs) // 2
+        parts = [self.inputs[:half], self.inputs[half:]]
+        errors = []
+        for k, (fitted, scored) in enumerate((parts, parts[::-1])):
+            w = self._rows(f"rows/{calls}/{name}/{k}", fitted, chosen)
+            errors.append(self.errors(f"{calls}/{name}/{k}", self.teacher.at(chosen), w, scored).values)
+        return Errors(name, np.concatenate(errors)).geometric
+
+    def errors(self, name: str, nodes: Nodes, w: np.ndarray, inputs: Sequence[int]) -> Errors:
+        """Relative errors of a table's images."""
+
+        def compute() -> Tensors:
+            parts = []
+            for group in batches(inputs, self.runner.batch):
+                made = student(self.runner, group, nodes, w)
+                assert made is not None
+                parts.append(relative(made, self._images(group)))
+            return {"e": np.concatenate(parts)}
+
+        return Errors(name, self.memo(f"errors/{name}", compute)["e"])
+
+    # ------------------------------------------------------------------ guard
+    def _judged(self, calls: int, made: Fitted) -> Fitted:
+        plan, order = self.plan, self.plan.order
+        calibration = self.errors(f"{calls}/calibration", made.nodes, made.w, self.inputs).rmse
+        fitted = self.errors(f"{calls}/fitted", made.nodes, made.w, self.held)
+        tables = {"DPM++ 2M on the chosen nodes": made.nodes}
+        own = self.own(calls)
+        if own is not None:
+            tables["DPM++ 2M on the pipeline's grid"] = own
+        if plan.order == 1:
+            tables = {name.replace("DPM++ 2M", "DDIM"): nodes for name, nodes in tables.items()}
+        analytics = [
+            Errors(name, self.errors(f"{calls}/{name}", nodes, analytic(nodes, order), self.held).values)
+            for name, nodes in tables.items()
+        ]
+        others = self.rivals(self.held, calls, self.teacher.images)
+        found = judge(Errors("fitted", fitted.values), [*analytics, *others[:1]], calibration)
+        report = made.report | _report(found, fitted, calibration, analytics, others)
+        if found.accepted:
+            return Fitted(made.nodes, made.w, made.start, report)
+        best = min(analytics, key=lambda e: e.geometric).name
+        nodes = tables[best]
+        report["table"] = best
+        start = start_rows(self.teacher.gram, nodes, None, order, plan.ridge)
+        return Fitted(nodes, analytic(nodes, order), start, report)
+
+
+def _report(
+    found: Judgement, fitted: Errors, calibration: float, analytics: list[Errors], others: list[Errors]
+) -> dict[str, Any]:
+    """The receipt of one budget."""
+    present, stock = others[:1], others[1:]
+    report: dict[str, Any] = {
+        "verdict": "fitted" if found.accepted else "analytic: " + "; ".join(found.notes),
+        "held-out": fitted.summary() | {"images": len(fitted.values)},
+        "calibration rmse": float(f"{calibration:.4g}"),
+        "best baseline": found.base.name,
+        "ratio to it [95 %]": [round(v, 4) for v in (found.ratio, found.low, found.high)],
+        "images improved": round(found.improved, 4),
+        "baselines": [e.summary() for e in (*analytics, *present)],
+    }
+    if stock:
+        best = min(stock, key=lambda e: float(np.median(e.values)))
+        ratio = float(np.median(fitted.values) / np.median(best.values))
+        improved = float(np.mean(fitted.values < best.values))
+        report["best stock scheduler"] = best.summary() | {
+            "tried": len(stock),
+            "fitted / stock, medians": float(f"{ratio:.4g}"),
+            "images improved": round(improved, 4),
+        }
+    if found.accepted and found.notes:
+        report["warnings"] = list(found.notes)
+    return report
