@@ -1,4 +1,4 @@
-"""The command line: `diffaccel demo | samplers | certify | generate | eval`."""
+"""The command line: `diffaccel demo | samplers | certify | generate | calibrate | eval`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .calibrate.command import add_parser as add_calibrate
 from .errors import DiffaccelError
 from .eval import command as eval_command
 from .generate_command import add_parser as add_generate
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     certify.add_argument("options", nargs="*", metavar="key=value", help="options of the sampler")
     certify.set_defaults(run=_certify)
     add_generate(commands)
+    add_calibrate(commands)
     add_sweep(eval_command.add(commands))
     args = parser.parse_args(argv)
     try:

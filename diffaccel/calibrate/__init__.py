@@ -10,6 +10,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from ..errors import OptionError
+
 # public function -> module that defines it
 _NAMES = {"ems": "ems", "dc": "dc", "check": "check", "fit": "fit", "fit_function": "fit", "extend": "fit"}
 
@@ -18,7 +20,13 @@ __all__ = [*_NAMES]
 
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
-        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+        try:
+            module = importlib.import_module(f"{__name__}.{_NAMES[name]}")
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] != "scipy":
+                raise
+            raise OptionError(f"calibrate.{name} needs scipy: pip install 'diffaccel[calibrate]'") from None
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

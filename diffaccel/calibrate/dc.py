@@ -27,7 +27,7 @@ from ..schedulers import TableScheduler
 from ..schedulers.settings import output_of
 from .cpr import fit_cpr
 from .engine import Batch, Captured, Engine
-from .validate import best_stock, ends, errors, over_processes, verdict
+from .validate import FEWEST, best_stock, ends, errors, over_processes, verdict
 
 BOUNDS = (0.3, 2.0)
 TOLERANCE = 1e-2
@@ -281,10 +281,10 @@ def dc(
     parent = get(sampler)
     complete = parent.options(options)
     scales = list(guidance) if isinstance(guidance, Sequence) else [guidance]
-    if min(pairs, held_out) < 2 or not calls or min(calls) < dc_order + 1:
+    if pairs < 2 or held_out < FEWEST or not calls or min(calls) < dc_order + 1:
         raise OptionError(
-            f"dc needs 2 or more pairs and held_out images, and more calls than dc_order = {dc_order}: got pairs="
-            f"{pairs}, held_out={held_out}, calls={list(calls)}"
+            f"dc needs 2 pairs, {FEWEST} held_out images (the interval is over them) and more calls than dc_order = "
+            f"{dc_order}, or more: got pairs={pairs}, held_out={held_out}, calls={list(calls)}"
         )
     chosen = {"grid": grid, "grid_options": dict(grid_options or {}) or None, "final_sigmas_type": final_sigmas_type}
     placed = {key: value for key, value in chosen.items() if value is not None}

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from ..compare import stock
+from ..errors import OptionError
 from .engine import Batch, Engine
 
 DRAWS = 2000
+FEWEST = 8  # images of an interval
 # Settings of diffusers' own schedulers that are tried beside; the best of them is picked on the held-out noise itself,
 # which favours it.
 STOCK = (
@@ -75,6 +77,8 @@ def verdict(parent: Sequence[float] | np.ndarray, calibrated: Sequence[float] | 
     An error that is not finite counts as the largest float, so that a run that diverged cannot win.
     """
     a, b = (np.nan_to_num(np.asarray(v, np.float64), nan=1e30, posinf=1e30) for v in (parent, calibrated))
+    if a.shape != b.shape or len(a) < FEWEST:
+        raise OptionError(f"a verdict needs {FEWEST} pairs of errors or more, got {len(a)} and {len(b)}")
     change = b - a
     draws = np.random.default_rng(0).integers(0, len(change), (DRAWS, len(change)))
     low, high = np.quantile(change[draws].mean(axis=1), (0.025, 0.975))

@@ -1,0 +1,111 @@
+"""`diffaccel calibrate dc | ems | fit MODEL --out FILE`. Imports nothing heavy until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from ..errors import OptionError
+
+if TYPE_CHECKING:
+    from ..artifact import Artifact
+    from ..parallel.protocol import World
+
+KINDS = {
+    "dc": "DC-Solver: ratios of dynamic compensation for UniPC, DPM-Solver++ or DDIM",
+    "ems": "DPM-Solver-v3: empirical model statistics",
+    "fit": "rows fitted to a teacher",
+}
+EPILOG = """\
+Any option of diffaccel.calibrate.KIND is passed with --set name=value, such as --set pairs=32 or --set order=3.
+Stopped: the same command goes on from OUT.partial. Several processes: torchrun --nproc-per-node P -m diffaccel ..."""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser("calibrate", help="short runs on your checkpoint that end in an artifact")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for kind, text in KINDS.items():
+        p = kinds.add_parser(kind, help=text, epilog=EPILOG)
+        p.add_argument("model", metavar="MODEL", help="tiny-sd, tiny-flow, tiny-pixel, a folder, or a hub id")
+        p.add_argument("--out", required=True, metavar="FILE", help="the artifact to write (.safetensors)")
+        p.add_argument("--prompts", metavar="FILE", help=".txt, .csv, .tsv, .json or .jsonl; used in turn")
+        p.add_argument("--guidance", type=float, nargs="+", metavar="G", help="scale (dc: or several)")
+        p.add_argument("--call", action="append", default=[], metavar="key=value", help="of the pipeline's call")
+        p.add_argument("--set", action="append", default=[], metavar="name=value", help="option of the calibration")
+        p.add_argument("--batch", type=int, default=8, metavar="B", help="images in one pass (default 8)")
+        p.add_argument("--seed", type=int, default=0)
+        p.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default float32)")
+        p.add_argument("--offload", choices=("none", "model", "sequential"), default="none", help="of diffusers")
+        p.add_argument("--threads", type=int, default=1, metavar="T", help="CPU threads a process (default 1)")
+        p.add_argument("--cpu", action="store_true", help="stay on the CPU")
+        if kind != "ems":
+            p.add_argument("--calls", type=int, nargs="+", metavar="N", help="numbers of model calls")
+        if kind == "dc":
+            p.add_argument("--sampler", metavar="NAME", help="unipc (default), dpmpp or ddim")
+            p.add_argument("--grid", metavar="NAME", help="where the nodes are placed (default: the checkpoint's)")
+        p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: the artifact is written; 2: refused or failed; 130: stopped."""
+    from ..ranked import run_ranked
+
+    def job(world: World) -> int:
+        made = _calibrate(args, world)
+        if world.rank == 0:
+            print(f"wrote {args.out}\n{made.receipt}")
+        return 0
+
+    return run_ranked(job, cpu=args.cpu, threads=args.threads)
+
+
+def _calibrate(args: argparse.Namespace, world: World) -> Artifact:
+    """Everything that a rank does."""
+    import diffusers
+    import transformers
+
+    from .. import calibrate, models, painter
+    from ..generate_command import key_values
+    from ..prompts import read_prompts
+
+    function = getattr(calibrate, args.kind)
+    known = inspect.signature(function).parameters
+    options, call = key_values(args.set, "--set"), key_values(args.call, "--call")
+    for name in ("calls", "sampler", "grid"):
+        if getattr(args, name, None) is not None:
+            options[name] = getattr(args, name)
+    if args.guidance is not None:
+        options["guidance"] = args.guidance if len(args.guidance) > 1 else args.guidance[0]
+    if world.size > 1:
+        if "world" not in known:
+            raise OptionError(f"calibrate {args.kind} runs in one process, not in {world.size}")
+        options["world"] = world
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    pipe = painter.load(args.model, args.dtype)
+    prompts = read_prompts(args.prompts) if args.prompts else _own_prompts(args.model, pipe)
+    call = models.CALL_DEFAULTS.get(args.model, {}) | call
+    if args.offload == "model":
+        pipe.enable_model_cpu_offload(device=world.device)
+    elif args.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=world.device)
+    else:
+        pipe.to(world.device)
+    options |= {"call": call} if "call" in known and known["call"].kind is not inspect.Parameter.VAR_KEYWORD else call
+    made: Artifact = function(pipe, prompts, out=args.out, batch=args.batch, seed=args.seed, **options)
+    return made
+
+
+def _own_prompts(model: str, pipe: Any) -> list[str]:
+    """For embedded models, and models of classes: their own."""
+    from .. import models
+    from ..drive import classes
+
+    count = classes(pipe)
+    if count is not None:
+        return [str(i) for i in range(count)]
+    if model in models.names():
+        return models.prompts(256)
+    raise OptionError("--prompts FILE is needed: prompts like the ones that the model will be used with")
