@@ -51,13 +51,12 @@ class Meter:
             raise OptionError("features and weights are for FID, which needs a reference")
         if reference is not None:
             name = features if isinstance(features, str) else getattr(features, "id", None)
-            side = found = known(reference, name)
+            found = known(reference, name)
             if found is not None and found.features is None:
                 raise OptionError(f"{found.name} does not tell its features: name them with features=... (--features)")
+            side = found or open_images(reference)  # a wrong path is told before a network is loaded
             net = nets.get(features if features is not None or found is None else found.features, weights)
-            if found is None:
-                side = open_images(reference)
-            elif found.features != net.id:
+            if found is not None and found.features != net.id:
                 raise OptionError(f"the reference {found.name} has features {found.features!r}, not {net.id!r}")
         tower = None if clip is None else nets.get(f"clip:{clip}")
         return Meter(net.id if net else None, tower.id if tower else None, net, tower, device, side)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .verdicts import METRICS, number
+from .verdicts import METRICS, number, summaries
 
 _STYLE = """
 :root { --ink: #1d232b; --soft: #5d6873; --line: #dfe3e8; --good: #1a7f37; --bad: #b42318; --band: #f6f8fa; }
@@ -22,8 +22,8 @@ p, li { max-width: 80ch; } ul { padding-left: 1.2rem; } li { margin: .2rem 0; ov
 .warn { background: #fff8e6; border: 1px solid #f0d48a; border-radius: 6px; padding: .5rem .8rem; }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
 .wide > img { display: block; max-width: none; }
-table { border-collapse: collapse; font-size: .85rem; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; font-size: .82rem; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { background: var(--band); font-weight: 600; vertical-align: bottom; }
 td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 th:first-child { background: var(--band); }
@@ -92,22 +92,25 @@ def _list(lines: Iterable[str]) -> str:
     return f"<ul>{items}</ul>" if items else ""
 
 
-def _verdicts(verdicts: Sequence[Mapping[str, Any]]) -> str:
+def _verdicts(verdicts: Sequence[dict[str, Any]]) -> str:
     if not verdicts:
         return "<p>No scheduler to judge: only stock rows, or nothing measured yet.</p>"
+    short = "".join(f"<li>{_coloured(v['text'], v['benefit'])}</li>" for v in summaries(verdicts))
     items = []
     for verdict in verdicts:
-        text, saved = escape(verdict["text"]), ""
-        if verdict["benefit"]:
-            text = f"<span class=good>{text}</span>"
-            equal = verdict.get("equal_calls")
-            if equal and equal > verdict["calls"]:
-                saved = f" <span class=soft>(as good as stock at {equal:g} calls)</span>"
-        items.append(f"<li>{text}{saved}</li>")
+        equal, saved = verdict.get("equal_calls"), ""
+        if verdict["benefit"] and equal and equal > verdict["calls"]:
+            saved = f" <span class=soft>(the best stock row needs {equal:g} calls for this)</span>"
+        items.append(f"<li>{_coloured(verdict['text'], verdict['benefit'])}{saved}</li>")
     return (
         "<p class=soft>Against the best stock row with the same calls, paired image by image, 95 % intervals, Holm's "
-        f"correction over the rows of a metric.</p><ul>{''.join(items)}</ul>"
+        f"correction over the rows of a metric.</p><ul>{short}</ul>"
+        f"<details><summary>Each metric with its interval</summary><ul>{''.join(items)}</ul></details>"
     )
+
+
+def _coloured(text: str, good: bool) -> str:
+    return f"<span class=good>{escape(text)}</span>" if good else escape(text)
 
 
 def _image(data: bytes, text: str) -> str:
@@ -171,7 +174,7 @@ def _table(report: Mapping[str, Any]) -> str:
     for head, group in [*groups, ("teacher", ends)]:
         if not group:
             continue
-        extra = " (nobody asked for it: what fewer calls do)" if group[0]["extra"] else ""
+        extra = " (added, to see what fewer calls do)" if group[0]["extra"] else ""
         body.append(f'<tr class=group><td colspan="{len(_HEADS)}">{head}{extra}</td></tr>')
         flat = [cell_values(r) for r in group]
         top = {key: _best(flat, key) for key in _KEYS} if head != "teacher" else {}

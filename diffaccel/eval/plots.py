@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from .rows import Row
 
 _PANELS = (("fid", "FID", "lower is better"), ("psnr", "PSNR to the teacher, dB", "higher is better"),
            ("clip", "CLIP score", "higher is better"))  # fmt: skip
+_GREYS = (("#6b6b6b", "-"), ("#8c8c8c", "--"), ("#6b6b6b", ":"), ("#a8a8a8", "-."))  # stock: colour and line
 _COLOURS = ("#c0392b", "#2471a3", "#1e8449", "#b7950b", "#7d3c98", "#ba4a00", "#117a65", "#5b2c6f")
 _MARKS = "osD^vP*X"
 _COLUMNS = 8  # images of a grid
@@ -52,13 +54,12 @@ def curves(rows: Sequence[Row], against: str, fid_label: str) -> bytes | None:
     shown = [p for p in _PANELS if any(_point(r, p[0]) and _place(r, against) for r in rows)]
     if not shown:
         return None
-    figure = Figure(figsize=(6.4, 3.1 * len(shown) + 0.9), dpi=110, layout="constrained")
+    figure = Figure(figsize=(4.8, 2.6 * len(shown) + 1.0), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = np.atleast_1d(figure.subplots(len(shown), 1))
     for axis, (metric, title, hint) in zip(axes, shown):
         _panel(axis, rows, metric, against)
-        axis.set_ylabel(fid_label if metric == "fid" else title, fontsize=9)
-        axis.set_title(hint, fontsize=8, loc="right", color="#666666")
+        axis.set_title(f"{fid_label if metric == 'fid' else title}: {hint}", fontsize=8.5, loc="left")
     axes[-1].set_xlabel("model calls an image" if against == "calls" else "seconds an image, measured", fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
@@ -69,21 +70,20 @@ def curves(rows: Sequence[Row], against: str, fid_label: str) -> bytes | None:
 
 def _panel(axis: Any, rows: Sequence[Row], metric: str, against: str) -> None:
     names = list(dict.fromkeys(r.cell.name for r in rows if r.cell.role not in (TEACHER, "half teacher")))
-    colours, ticks = iter(_COLOURS * len(names)), set()
+    colours, greys, ticks = cycle(_COLOURS), cycle(_GREYS), set()
     for i, name in enumerate(names):
         own = sorted((r for r in rows if r.cell.name == name), key=lambda r: r.cell.calls)
         points = [(x, *p) for r in own if (x := _place(r, against)) and (p := _point(r, metric))]
         stock = own[0].cell.role == STOCK
-        colour = "#9a9a9a" if stock else next(colours)
+        colour, line = next(greys) if stock else (next(colours), "-")
         if not points:
-            axis.plot([], [], color=colour, marker=_MARKS[i % len(_MARKS)], label=name)
+            axis.plot([], [], color=colour, linestyle=line, marker=_MARKS[i % len(_MARKS)], label=name)
             continue
         places, values, below, above = map(list, zip(*points))
         ticks |= set(places)
-        axis.errorbar(
-            places, values, yerr=[below, above], label=name, color=colour, marker=_MARKS[i % len(_MARKS)], capsize=2,
-            linewidth=1 if stock else 1.8, markersize=4.5, zorder=1 if stock else 2,
-        )  # fmt: skip
+        style = {"color": colour, "linestyle": line, "marker": _MARKS[i % len(_MARKS)], "markersize": 4.5, "capsize": 2}
+        style |= {"linewidth": 1.0, "zorder": 1} if stock else {"linewidth": 1.8, "zorder": 2}
+        axis.errorbar(places, values, yerr=[below, above], label=name, **style)
     teacher = next((r for r in rows if r.cell.role == TEACHER), None)
     point = None if teacher is None else _point(teacher, metric)
     if teacher is not None and point is not None:
@@ -93,6 +93,10 @@ def _panel(axis: Any, rows: Sequence[Row], metric: str, against: str) -> None:
     if against == "calls" and ticks:
         axis.set_xticks(sorted(ticks), [f"{t:g}" for t in sorted(ticks)])
         axis.minorticks_off()
+    if against == "seconds":
+        for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            which(lambda x, _: f"{x:.2g}")
+        axis.tick_params(axis="x", which="both", labelsize=7, labelrotation=35)
     axis.grid(True, color="#e6e6e6", linewidth=0.6)
     axis.tick_params(labelsize=8)
     for side in ("top", "right"):

@@ -142,18 +142,20 @@ def _judge(row: Row, rows: Sequence[Row], metric: str, reference: Stats | None) 
     found |= {"rival": rival.cell.name, **difference.to_dict(), "p": difference.p}
     found["equal_calls"] = _equal_calls(row, rows, metric)
     unit = " dB" if metric == "psnr" else ""
-    size = f"[{number(difference.low)}, {number(difference.high)}]{unit}"
+    low, high = number(difference.low), number(difference.high)
     if same_images(row, rival):
         found |= {"p": 1.0, "text": f"{head} {NOTHING}: the same images as {rival.cell.name}"}
     elif metric in ("latent", "psnr", "ssim", "lpips") and _converged(row, rows) and _converged(rival, rows):
         found |= {"p": 1.0, "text": f"{head} {NOTHING}: it and {rival.cell.name} are at the teacher's own error"}
     elif difference.low > 0:
         found["benefit"] = True
-        found["text"] = f"{head} {number(difference.value)}{unit} better than {rival.cell.name} {size}"
+        found["text"] = f"{head} {number(difference.value)}{unit} better than {rival.cell.name} [{low}, {high}]"
+    elif difference.high < 0:
+        worse = f"{number(-difference.value)}{unit} worse than {rival.cell.name}"
+        found["text"] = f"{head} {NOTHING} ({worse} [{number(-difference.high)}, {number(-difference.low)}])"
     else:
-        word = "worse than" if difference.high < 0 else "from"
-        gap = number(abs(difference.value) if difference.high < 0 else difference.value)
-        found["text"] = f"{head} {NOTHING} ({gap}{unit} {word} {rival.cell.name} {size})"
+        gap = f"{number(difference.value)}{unit} [{low}, {high}]"
+        found["text"] = f"{head} {NOTHING} (better than {rival.cell.name} by {gap}, which may be nothing)"
     return found
 
 
@@ -220,6 +222,19 @@ def _worth(more: Row, less: Row, reference: Stats | None) -> dict[str, Any]:
         difference = compare(more, less, metric, reference)
         found[metric] = None if difference is None else difference.to_dict()
     return found
+
+
+def summaries(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One sentence for each candidate at each budget: {"benefit", "text"}."""
+    lines = []
+    for calls, name in dict.fromkeys((v["calls"], v["name"]) for v in found):
+        own = [v for v in found if (v["calls"], v["name"]) == (calls, name)]
+        head = f"{calls} calls, {name}:"
+        good = [v["text"].partition(f"{name}: ")[2] + f" in {METRICS[v['metric']][2]}" for v in own if v["benefit"]]
+        nothing = [METRICS[v["metric"]][2] for v in own if not v["benefit"]]
+        rest = f"{NOTHING} in {', '.join(nothing)}" if nothing else ""
+        lines.append({"benefit": bool(good), "text": f"{head} {'; '.join(filter(None, [*good, rest]))}."})
+    return lines
 
 
 def number(x: float | None) -> str:
