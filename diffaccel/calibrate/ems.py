@@ -1,0 +1,398 @@
+"""Statistics of DPM-Solver-v3 (EMS) measured on a checkpoint (arXiv:2310.13268, Appendix C.1.1), and validated."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..artifact import Artifact, path_identity
+from ..core.grid import finite_first
+from ..core.path import Path
+from ..core.quad import Ems
+from ..drive import denoiser
+from ..errors import OptionError, one_of
+from ..identity import model_identity
+from ..parallel.protocol import World
+from ..schedulers import TableScheduler
+from ..schedulers.settings import path_of
+from .ems_probe import METHODS, ForwardProbe, Probe, TrajectoryProbe, choose_method, duals, stat_nodes
+from .ems_stats import REDUCE, Tensors, fitted, merged
+from .engine import Batch, Captured, Engine
+from .validate import Verdict, best_stock, ends, errors, over_processes, verdict
+
+POINTS = ("trajectory", "forward")
+LARGE = 64 * 2**20  # bytes of an artifact above which statistics are kept by channel
+TEACHER = ("dpmpp", {"order": 3, "form": "exact"})
+TEACHER_GRID: dict[str, Any] = {"grid": "mid", "grid_options": {"w": 0.5}}
+CLEAN_CALLS = 20  # of the runs that make the images for points="forward"
+# What the choice of section 8.3 of the method's practice is made among: grid and solver belong together.
+GRIDS: tuple[dict[str, Any], ...] = (
+    {"grid": "trailing"},
+    {"grid": "karras", "grid_options": {"rho": 4.0}},
+    {"grid": "mid", "grid_options": {"w": 0.15}},
+    {"grid": "mid", "grid_options": {"w": 0.4}},
+    {"grid": "mid", "grid_options": {"w": 0.7}},
+    {"grid": "uniform_lambda"},
+)
+SOLVERS: tuple[dict[str, Any], ...] = (
+    {"order": 2, "corrector": "plus"},
+    {"order": 2, "corrector": "same"},
+    {"order": 3, "corrector": "same"},
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A grid and options of the sampler."""
+
+    grid: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+    def scheduler(self, config: Mapping[str, Any], statistics: Ems | str) -> Captured:
+        """For the pipeline."""
+        return Captured.of(config, "dpm_v3", {**self.options, "statistics": statistics}, **self.grid)
+
+    def advice(self) -> dict[str, Any]:
+        """As an artifact says it."""
+        return {"sampler": "dpm_v3", "options": dict(self.options), **self.grid}
+
+    def __str__(self) -> str:
+        words = [self.grid["grid"], *(f"{k}={v}" for k, v in self.grid.get("grid_options", {}).items())]
+        return ", ".join([*words, *(f"{k}={v}" for k, v in self.options.items())])
+
+
+SETTINGS = tuple(Setting(g, o) for g, o in itertools.product(GRIDS, SOLVERS))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How the statistics are measured; see `ems` for the fields."""
+
+    nodes: int
+    images: int
+    reduce: str
+    points: str
+    method: str
+    delta: float | None
+    smooth_space: float
+    smooth_lam: float
+    ridge: float
+
+
+def ems(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    guidance: float | None = None,
+    calls: Sequence[int] = (5, 8, 10),
+    images: int = 128,
+    nodes: int = 60,
+    reduce: str = "auto",
+    points: str = "trajectory",
+    method: str = "auto",
+    delta: float | None = None,
+    lam_range: tuple[float, float] | None = None,
+    smooth_space: float = 0.0,
+    smooth_lam: float = 0.0,
+    ridge: float | None = None,
+    chosen_on: int = 16,
+    held_out: int = 32,
+    teacher_calls: int = 64,
+    call: Mapping[str, Any] | None = None,
+    batch: int = 16,
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    world: World | None = None,
+) -> Artifact:
+    """Measure the statistics of DPM-Solver-v3 on the user's checkpoint.
+
+    A grid and a solver are chosen for them on other noise, and the same choice is made for the sampler without
+    statistics; the two are then compared on noise that neither has seen. Where the paired interval of the errors does
+    not lie below zero, the receipt says "no benefit found".
+
+    Args:
+        pipe: a diffusers pipeline; its own call is what runs.
+        prompts: used in turn.
+        guidance: scale; None: the pipeline's own.
+        calls: numbers of model calls to validate at; the choice is made at the middle one.
+        images: trajectories (or clean images) that the statistics are taken over.
+        nodes: intervals of the statistics along lam.
+        reduce: "element" (one value a pixel and channel: one size of image only), "channel", "scalar" (any size), or
+            "auto": "element" while the artifact stays below 64 MB.
+        points: "trajectory": the model's own trajectories, guidance included; "forward": independent points around
+            images that the pipeline makes, where the model is called without guidance (the paper's choice).
+        method: derivatives by the state by "jvp" (forward-mode differentiation) or "difference" (a second call);
+            "auto": differences, but for half precision jvp where the model supports it.
+        delta: size of the difference in units of the state's, sqrt(alpha^2 + sigma^2); None: 0.03, 0.1 in half
+            precision.
+        lam_range: of half log-SNR; None: the whole training range.
+        smooth_space: standard deviation in pixels of a Gaussian over l and the moments; smooth_lam: the same in nodes.
+        ridge: added to the variance of f, relative to that of the noise prediction; None: 100 times the square of the
+            rounding of the model's dtype.
+        chosen_on: images for the choice. held_out: images for the validation.
+        teacher_calls: of the teacher (exact Adams, order 3).
+        call: further arguments of the pipeline's call.
+        batch: images in one pass.
+        seed: of the first image.
+        out: where the artifact is written; a stopped calibration goes on from `OUT.partial`.
+        progress: show a bar.
+        world: this process among others.
+
+    Raises:
+        OptionError: an unknown option, too few images, statistics that are too noisy to use, or a model that
+            method="jvp" does not work on.
+    """
+    one_of("points", points, POINTS)
+    one_of("method", method, (*METHODS, "auto"))
+    one_of("reduce", reduce, (*REDUCE, "auto"))
+    if min(images, chosen_on, held_out) < 2 or nodes < 2 or not calls or min(calls) < 1:
+        raise OptionError(
+            f"ems needs 2 or more images, chosen_on, held_out and nodes, and numbers of calls: got images={images}, "
+            f"chosen_on={chosen_on}, held_out={held_out}, nodes={nodes}, calls={list(calls)}"
+        )
+    config = TableScheduler.from_config(pipe.scheduler.config).config
+    path, dtype = path_of(config), denoiser(pipe).dtype
+    lams = _lams(path, nodes, lam_range)
+    ridge = 100 * torch.finfo(dtype).eps ** 2 if ridge is None else ridge
+    asked = Measurement(nodes, images, reduce, points, method, delta, smooth_space, smooth_lam, ridge)
+    settings = {"kind": "ems", "calls": list(calls), "chosen_on": chosen_on, "held_out": held_out, **vars(asked)}
+    settings |= {"teacher": teacher_calls, "lam": [float(lams[0]), float(lams[-1])], "model": model_identity(pipe)}
+    engine = Engine(
+        pipe, prompts, guidance=guidance, call=call, batch=batch, seed=seed, out=out, settings=settings,
+        progress=progress, world=world,
+    )  # fmt: skip
+    with engine.working(_expected(asked, calls, chosen_on, held_out, teacher_calls), "calibrate ems"):
+        how, why, shape = _prepared(engine, config, lams, asked)
+        found = _measured(engine, config, lams, how)
+        fit = fitted(lams, found, smooth_space=smooth_space, smooth_lam=smooth_lam, ridge=ridge)
+        tensors = {"lam": fit.ems.lam, **{k: v.astype(np.float32) for k, v in fit.ems.tensors().items() if k != "lam"}}
+        statistics = Ems(*(tensors[k] for k in ("lam", "l", "s", "b")))
+        setting, receipt = _validated(engine, config, statistics, calls, (images, chosen_on, held_out), teacher_calls)
+        cost = engine.cost
+    first = seed + images
+    meta = {
+        "options": dict(vars(how)) | {"method_because": why, "outliers": fit.outliers},
+        "scheduler": setting.advice(),
+        "path": path_identity(path, config["prediction_type"]),
+        "model": settings["model"],
+        "guidance": guidance,
+        "shape": list(shape),
+        "calls": list(calls),
+        "seeds": {
+            "calibration": [seed, first - 1],
+            "choice": [first, first + chosen_on - 1],
+            "held_out": [first + chosen_on, first + chosen_on + held_out - 1],
+        },
+        "torch": torch.__version__,
+        "cost": cost,
+        "receipt": receipt | {"standard error of l": fit.l_error, "cost": cost},
+    }
+    made = Artifact("ems", tensors, meta)
+    if out is not None and engine.world.rank == 0:
+        made.save(out)
+    engine.kept.remove()
+    return made
+
+
+def _lams(path: Path, nodes: int, given: tuple[float, float] | None) -> np.ndarray:
+    low, high = (finite_first(path).lam, path.last.lam) if given is None else given
+    widest = (finite_first(path).lam - 1e-9, path.last.lam + 1e-9)
+    if not widest[0] <= low < high <= widest[1]:
+        raise OptionError(
+            f"lam_range must be rising and lie in the model's training range [{widest[0]:.4g}, {widest[1]:.4g}], got "
+            f"({low:.4g}, {high:.4g})"
+        )
+    return np.linspace(low, high, nodes + 1)
+
+
+def _expected(how: Measurement, calls: Sequence[int], chosen_on: int, held_out: int, teacher: int) -> int:
+    """About how many model calls of images all of it takes."""
+    visits = (2 if how.points == "trajectory" else 3) * (how.nodes + 1)
+    made = how.images * (visits + (CLEAN_CALLS if how.points == "forward" else 0))
+    middle = sorted(calls)[len(calls) // 2]
+    made += chosen_on * (teacher + 2 * len(SETTINGS) * middle)
+    return made + held_out * (teacher + 8 * sum(calls))
+
+
+# ---------------------------------------------------------------------- measuring
+def _prepared(
+    engine: Engine, config: Mapping[str, Any], lams: np.ndarray, asked: Measurement
+) -> tuple[Measurement, str, tuple[int, ...]]:
+    """The measurement with "auto" decided, why the method was taken, and the shape of one sample."""
+    known = engine.kept.notes.get("prepared")
+    if known is None:
+        one = Batch(0, tuple(engine.prompts[:1]), (engine.seed,))
+        nodes, _ = stat_nodes(path_of(config), lams)
+        shape = tuple(engine.output(one, nodes[0], None, config)[0].shape[1:])
+        size = 4 * 3 * len(lams) * math.prod(shape)
+        reduce = ("element" if size <= LARGE else "channel") if asked.reduce == "auto" else asked.reduce
+        wanted = asked.method
+        if wanted == "auto" and denoiser(engine.pipe).dtype in (torch.float32, torch.float64):
+            method, why = "difference", "in this precision differences are as good, and cheaper"
+        else:
+            short = lams[len(lams) // 2 :][:3]
+            method, why = choose_method(wanted, lambda m: _trajectory(engine, one, config, short, m, reduce, None))
+        known = {"shape": list(shape), "reduce": reduce, "method": method, "why": why}
+        engine.kept.notes["prepared"] = known
+    how = Measurement(**{**vars(asked), "reduce": known["reduce"], "method": known["method"]})
+    return how, known["why"], tuple(known["shape"])
+
+
+def _measured(engine: Engine, config: Mapping[str, Any], lams: np.ndarray, how: Measurement) -> Tensors:
+    batches = engine.batches(0, how.images)
+
+    def work(batch: Batch) -> Tensors:
+        take = _trajectory if how.points == "trajectory" else _forward
+        return take(engine, batch, config, lams, how.method, how.reduce, how.delta)
+
+    return engine.accumulate("moments", batches, work, merged)
+
+
+def _trajectory(
+    engine: Engine, batch: Batch, config: Any, lams: np.ndarray, method: str, reduce: str, delta: float | None
+) -> Tensors:
+    """Moments of one batch at the points of its own trajectories."""
+    nodes, skip = stat_nodes(path_of(config), lams)
+    probe = TrajectoryProbe.probing(config, nodes, batch.seeds, method=method, reduce=reduce, delta=delta)
+    return _run(engine, batch, probe.begin(skip, lams), method)
+
+
+def _forward(
+    engine: Engine, batch: Batch, config: Any, lams: np.ndarray, method: str, reduce: str, delta: float | None
+) -> Tensors:
+    """Moments of one batch at independent points around images that the pipeline makes with its guidance."""
+    teacher = Captured.of(config, TEACHER[0], TEACHER[1], **TEACHER_GRID)
+    clean = engine.run(batch, teacher, CLEAN_CALLS).detach()
+    nodes, _ = stat_nodes(path_of(config), lams)
+    probe = ForwardProbe.probing(
+        config, nodes, batch.seeds, method=method, reduce=reduce, delta=delta, own_noise=False
+    ).begin(clean, batch.seeds, lams)
+    guidance = engine.guidance
+    try:
+        if "guidance_scale" in engine.call:
+            engine.guide(1.0)
+        return _run(engine, batch, probe, method, probe.first())
+    finally:
+        engine.guide(guidance)
+
+
+def _run(engine: Engine, batch: Batch, probe: Probe, method: str, latents: torch.Tensor | None = None) -> Tensors:
+    with duals(denoiser(engine.pipe)) if method == "jvp" else nullcontext():
+        engine.run(batch, probe, 1, latents)
+    return probe.moments
+
+
+# ---------------------------------------------------------------------- the choice, and whether it helps
+def _validated(
+    engine: Engine,
+    config: Mapping[str, Any],
+    statistics: Ems,
+    calls: Sequence[int],
+    parts: tuple[int, int, int],
+    teacher_calls: int,
+) -> tuple[Setting, dict[str, Any]]:
+    """The setting to ship, and the receipt."""
+    images, chosen_on, held_out = parts
+    middle = sorted(calls)[len(calls) // 2]
+    trial = _Trial(engine, config, "choose", engine.batches(images, chosen_on), teacher_calls)
+    best = {name: trial.best(value, name, middle) for name, value in _kinds(statistics)}
+    final = _Trial(engine, config, "valid", engine.batches(images + chosen_on, held_out), teacher_calls)
+    found: dict[int, Verdict] = {}
+    receipt: dict[str, Any] = {}
+    for n in calls:
+        pair = [final.errors(best[name], value, name, n) for name, value in _kinds(statistics)]
+        found[n] = verdict(*pair)
+        stock = best_stock(engine, f"valid/{n}", final.batches, final.target, n, engine.pipe.scheduler.config)
+        receipt[f"{n} calls"] = {"held-out error": found[n].to_json(), "best stock scheduler": stock}
+    helped = [n for n in calls if found[n].helps]
+    result = f"helps at {', '.join(map(str, helped))} of {', '.join(map(str, calls))} calls" if helped else (
+        "no benefit found"
+    )  # fmt: skip
+    settings = {"with statistics": str(best["statistics"]), "without": str(best["none"])}
+    return best["statistics"], {"result": result, "settings": settings, **receipt}
+
+
+def _kinds(statistics: Ems) -> tuple[tuple[str, Ems | str], ...]:
+    return ("none", "none"), ("statistics", statistics)
+
+
+class _Trial:
+    """Errors to a teacher on some images."""
+
+    def __init__(
+        self, engine: Engine, config: Mapping[str, Any], tag: str, batches: Sequence[Batch], teacher_calls: int
+    ) -> None:
+        self.engine, self.config, self.tag, self.batches = engine, config, tag, batches
+        self.target = ends(engine, f"{tag}/teacher", batches, self._teacher, teacher_calls)
+
+    def _teacher(self) -> Captured:
+        return Captured.of(self.config, TEACHER[0], TEACHER[1], **TEACHER_GRID)
+
+    def errors(self, setting: Setting, statistics: Ems | str, name: str, n: int) -> np.ndarray:
+        """Of each image of all processes, (n,)."""
+        tag = f"{self.tag}/{name}/{n}/{setting}"
+        make: Callable[[], Captured] = lambda: setting.scheduler(self.config, statistics)  # noqa: E731
+        return over_processes(
+            self.engine, f"{tag}/errors", errors(ends(self.engine, tag, self.batches, make, n), self.target)
+        )
+
+    def best(self, statistics: Ems | str, name: str, n: int) -> Setting:
+        """The setting with the lowest mean error."""
+        return min(SETTINGS, key=lambda s: float(np.nan_to_num(self.errors(s, statistics, name, n), nan=1e30).mean()))
+
+
+# ---------------------------------------------------------------------- other people's statistics
+def imported(
+    folder: str | os.PathLike[str],
+    *,
+    path: Path,
+    prediction_type: str,
+    t_start: float,
+    t_end: float,
+    guidance: float | None = None,
+) -> Artifact:
+    """An artifact from the statistics that the authors of DPM-Solver-v3 publish.
+
+    Args:
+        folder: with `l.npz` (key l) and `sb.npz` (keys s and b), each (M + 1, C, H, W), noisy end first.
+        path: of the model.
+        prediction_type: of the model, as in its scheduler's config.
+        t_start, t_end: the times of the noisy and of the clean end, as the path counts them; the files do not say.
+        guidance: scale at which the images were made, for the record.
+
+    Raises:
+        OptionError: a missing file or key, or statistics that do not belong together.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for file, keys in (("l.npz", ("l",)), ("sb.npz", ("s", "b"))):
+        name = os.path.join(os.fspath(folder), file)
+        if not os.path.isfile(name):
+            raise OptionError(f"{name} is missing: published statistics are a folder with l.npz and sb.npz")
+        with np.load(name, allow_pickle=False) as data:
+            missing = [k for k in keys if k not in data.files]
+            if missing:
+                raise OptionError(f"{name} has {', '.join(data.files)}, not {', '.join(missing)}")
+            arrays |= {k: data[k].astype(np.float32) for k in keys}
+    ends_ = path.at(t_start).lam, path.at(t_end).lam
+    if not ends_[0] < ends_[1]:
+        raise OptionError(
+            f"t_start = {t_start} must be noisier than t_end = {t_end} (lam {ends_[0]:.4g}, {ends_[1]:.4g})"
+        )
+    lam = np.linspace(*ends_, len(arrays["l"]))
+    checked = Ems(lam, arrays["l"], arrays["s"], arrays["b"])
+    meta = {
+        "path": path_identity(path, prediction_type),
+        "guidance": guidance,
+        "shape": list(checked.shape),
+        "receipt": {"result": "imported from the published files; not measured here", "nodes": len(lam) - 1},
+    }
+    return Artifact("ems", {"lam": lam, **arrays}, meta)
