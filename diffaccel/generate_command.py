@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import OptionError
+from .identity import check_guidance
 from .ranked import run_ranked
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     p.add_argument("--seeds", metavar="0-99", help="an image for each; prompts in turn (default: one a prompt, from 0)")
     p.add_argument("--batch", type=int, default=8, metavar="B", help="images in one pass (default 8)")
     p.add_argument("--scheduler", metavar="NAME", help="a sampler, or a scheduler class (default: the checkpoint's)")
+    p.add_argument("--artifact", metavar="FILE", help="calibrated data of the scheduler (diffaccel calibrate)")
     p.add_argument("--option", action="append", default=[], metavar="key=value", help="option of the scheduler")
     p.add_argument("--call", action="append", default=[], metavar="key=value", help="argument of the pipeline's call")
     p.add_argument("--guidance", type=float, metavar="G", help="guidance scale (default: the pipeline's)")
@@ -93,7 +95,11 @@ def _generate(args: argparse.Namespace, world: World) -> Report:
     empty = sum(not task.prompt for task in tasks)
     if empty and world.rank == 0:
         print(f"generate: {empty} of {len(tasks)} images have an empty prompt", file=sys.stderr)
+    if args.artifact:
+        options |= {"artifact": args.artifact, "pipe": pipe}
     pipe.scheduler = painter.scheduler_for(pipe.scheduler.config, type(pipe.scheduler), args.scheduler, options)
+    if args.artifact and args.guidance is not None:
+        check_guidance(pipe.scheduler.artifact, args.guidance)
     call = models.CALL_DEFAULTS.get(args.model, {}) | call
     recipe = {
         "pipeline": type(pipe).__name__,

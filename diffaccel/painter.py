@@ -57,6 +57,8 @@ def scheduler_for(config: Mapping[str, Any], own: type, name: str | None, option
     Raises:
         OptionError: an unknown name or option.
     """
+    if name is None and "artifact" in options:
+        own = ours.TableScheduler  # the artifact says which sampler
     kind: Any = own if name is None else _scheduler_class(name)
     if issubclass(kind, ours.TableScheduler):
         chosen = {"sampler": name} if name in samplers() else {}
