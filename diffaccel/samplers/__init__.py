@@ -7,6 +7,9 @@ import sys
 from types import ModuleType
 
 from . import (  # noqa: F401
+    align,
+    boost,
+    contrast,
     cps,
     dc,
     ddim,
@@ -19,6 +22,7 @@ from . import (  # noqa: F401
     ghvb,
     heun,
     lms,
+    momentum,
     pndm,
     res_2m,
     restart,

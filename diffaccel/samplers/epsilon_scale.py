@@ -14,11 +14,7 @@ from .registry import Sampler
 from .rewrite import rewriter, with_edit
 
 
-@rewriter(
-    "epsilon_scale",
-    stage="prediction",
-    clashes={"time_shift": "both leave more noise than the grid says, and the shift would be estimated from it"},
-)
+@rewriter("epsilon_scale", stage="prediction")
 def epsilon_scale(
     sampler: Sampler, at_end: float, *, slope_per_call: float = 0.0, below: float | None = None
 ) -> Sampler:

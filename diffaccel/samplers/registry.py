@@ -160,6 +160,7 @@ class Sampler:
 
         With `edits` the table is run: they are defined on rows.
         """
+        x = x if self.start == 1 else x * self.start
         if self.edits:
             table = self.trace(nodes, calls, **given)
             return table.apply(x, lambda state, node, space: convert(predict(state, node), space, state, node), noise)

@@ -5,9 +5,9 @@ A rewriter is a function `f(sampler, **options) -> Sampler`, registered with `@r
 - put another loop in place of the sampler's (`with_loop`), which calls the old one: for changes of the nodes,
 - append an edit of the finished table (`Sampler.edits`): for changes of the rows.
 
-Whatever order the user lists, they act in the order of `STAGES`. The number of model calls stays what was asked for:
-a rewriter that spends calls of its own, or saves some, changes `Sampler.intervals`, the number of intervals of the
-grid that the calls can take.
+Whatever order the user lists, they act in the order of `STAGES`: start maps, the path of nodes, predictions,
+increments, what the model is fed. The number of model calls stays what was asked for: a rewriter that spends calls of
+its own, or saves some, changes `Sampler.intervals`, the number of intervals of the grid that the calls can take.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .parts import Part, Register, refuse_clashes
 from .registry import Sampler, get
 
 STAGES = ("start", "path", "prediction", "increment", "fed")
+INNER = ("path",)  # their loops are wrapped first, so that a start map acts on the whole run
 REWRITERS = Register("rewriter", STAGES)
 rewriter = REWRITERS
 
@@ -51,10 +52,10 @@ def rewritten(sampler: str | Sampler, rewrites: Any) -> Sampler:
     """
     found, parts = get(sampler), read(rewrites)
     refuse_clashes([(REWRITERS, part) for part in parts])
-    for part in parts:
-        made = REWRITERS.kinds[part.name].make(found, **part.options)
-        found = replace(made, name=f"{found.name} + {part}", rewrites=(*found.rewrites, part.name))
-    return found
+    name = " + ".join([found.name, *map(str, parts)])
+    for part in sorted(parts, key=lambda p: REWRITERS.kinds[p.name].stage not in INNER):
+        found = REWRITERS.kinds[part.name].make(found, **part.options)
+    return replace(found, name=name, rewrites=tuple(p.name for p in parts)) if parts else found
 
 
 def with_loop(sampler: Sampler, loop: Loop, *, calls: bool, **changes: Any) -> Sampler:

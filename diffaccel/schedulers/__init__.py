@@ -1,11 +1,15 @@
 """Drop-in schedulers for diffusers pipelines: one table-driven `step()`, and presets of it."""
 
+from .fsampler import FSamplerScheduler
 from .presets import (
     CPSScheduler,
     DCSolverScheduler,
     DPMSolverV3Scheduler,
+    EpsilonScalingScheduler,
     FittedScheduler,
     GHVBScheduler,
+    RestartScheduler,
+    TimeShiftScheduler,
     UniPCScheduler,
 )
 from .table_scheduler import TableScheduler, TableSchedulerOutput
@@ -14,9 +18,13 @@ __all__ = [
     "CPSScheduler",
     "DCSolverScheduler",
     "DPMSolverV3Scheduler",
+    "EpsilonScalingScheduler",
+    "FSamplerScheduler",
     "FittedScheduler",
     "GHVBScheduler",
+    "RestartScheduler",
     "TableScheduler",
     "TableSchedulerOutput",
+    "TimeShiftScheduler",
     "UniPCScheduler",
 ]

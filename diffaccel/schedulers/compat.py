@@ -75,7 +75,7 @@ def _sampler_settings(
 ) -> dict[str, Any]:
     """The sampler and its options: the user's, else those of a config of ours for the same sampler."""
     name = ours.get("sampler") or cls.sampler_name or config.get("sampler")
-    before, known = get(config.get("sampler") or "dpmpp"), get(name or "dpmpp")
+    before, known = get(config.get("sampler") or "dpmpp"), get(name or cls.sampler_default)
     unknown = sorted(set(loose) - set(known.defaults))
     if unknown:
         if unknown[0] in reader.OURS_FOR:

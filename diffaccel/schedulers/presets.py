@@ -54,3 +54,31 @@ class FittedScheduler(TableScheduler):
     """A table fitted to the checkpoint by `diffaccel calibrate fit`: `artifact=FILE`, which decides the nodes too."""
 
     sampler_name = "fitted"
+
+
+@public
+class RestartScheduler(TableScheduler):
+    """Any sampler with Restart (arXiv:2306.14878), within the number of calls: the options of `diffaccel.restart`.
+
+    `grid` is the scheduler's; a segment's own grid is an option of `rewrite=[diffaccel.restart(..., grid=...)]`.
+    """
+
+    rewriter_name = "restart"
+
+
+@public
+class EpsilonScalingScheduler(TableScheduler):
+    """Any sampler on scaled noise predictions (arXiv:2308.15321): the options of `diffaccel.epsilon_scale`."""
+
+    rewriter_name = "epsilon_scale"
+
+
+@public
+class TimeShiftScheduler(TableScheduler):
+    """A first-order or Adams-Bashforth sampler ("ddim" if none is named) with Time-Shift (arXiv:2305.15583).
+
+    The options are those of `diffaccel.time_shift`.
+    """
+
+    policy_name = "time_shift"
+    sampler_default = "ddim"

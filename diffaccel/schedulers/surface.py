@@ -21,6 +21,7 @@ class Surface:
 
     config: Any
     _runs: PerThread
+    _sampler: Any
 
     # ------------------------------------------------------------------ noise
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -73,7 +74,7 @@ class Surface:
     def init_noise_sigma(self) -> float:
         """Standard deviation of the state that a run begins with; pipelines multiply their noise by it."""
         if self.config.path != "edm":
-            return 1.0
+            return self._sampler()[0].start
         run = self._runs.get()
         sigma = (path_of(self.config).first if run is None else run.nodes[0]).sigma
         return float((sigma * sigma + 1.0) ** 0.5)

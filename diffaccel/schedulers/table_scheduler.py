@@ -19,14 +19,15 @@ from ..core.current import Announcing
 from ..core.table import Table
 from ..errors import OptionError, RunError, one_of
 from ..identity import check_model
+from ..samplers.begin import begin_at
 from ..samplers.registry import Sampler
-from ..samplers.rewrite import read as read_rewrites
-from ..samplers.rewrite import rewritten
+from ..samplers.rewrite import REWRITERS, rewritten
 from .artifacts import beside, calibrated_options, check_sample, entry_of
 from .compat import COMPATIBLES, NEAREST, merged
 from .feed import is_fed
 from .from_config import BETA_KEYS, check, output_of, path_of
 from .guards import check_finite, first_call, numbers, only_neutral, output_for, state_for
+from .part_options import with_part
 from .plan import edited, plan
 from .policy import POLICIES, policy_of, target_of
 from .registration import public, register_library
@@ -88,6 +89,9 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
 
     order = 1
     sampler_name: str | None = None  # fixed by presets
+    sampler_default = "dpmpp"
+    rewriter_name: str | None = None  # presets: a part that is always there, with its options beside the scheduler's
+    policy_name: str | None = None
     _compatibles = list(COMPATIBLES)
 
     @register_to_config
@@ -136,11 +140,10 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         if prediction_type is None:
             self.register_to_config(prediction_type="flow_prediction" if path == "flow" else "epsilon")
         if sampler is None:
-            self.register_to_config(sampler=self.sampler_name or "dpmpp")  # so that a config says it all
-        if rewrite is not None:
-            self.register_to_config(rewrite=[part.to_config() for part in read_rewrites(rewrite)] or None)
-        if policy is not None:
-            self.register_to_config(policy=[part.to_config() for part in POLICIES.read(policy)] or None)
+            self.register_to_config(sampler=self.sampler_name or self.sampler_default)  # so that a config says it all
+        parts = with_part(type(self), {}, {"rewrite": rewrite, "policy": policy}, set())
+        for key, register in (("rewrite", REWRITERS), ("policy", POLICIES)):
+            self.register_to_config(**{key: [part.to_config() for part in register.read(parts[key])] or None})
         self._runs = PerThread()
         self._check()
 
@@ -180,6 +183,7 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         pipe, strict = kwargs.pop("pipe", None), kwargs.pop("strict", None)
         if not isinstance(config, Mapping):
             raise OptionError(f"from_config needs a config (pipe.scheduler.config), got {type(config).__name__}")
+        kwargs = with_part(cls, config, kwargs, set(cls._get_init_keys(cls)))
         settings, foreign = merged(cls, config, kwargs)
         made = cls(**settings)
         made.register_to_config(**foreign)
@@ -233,7 +237,7 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         fixed, asked = self.sampler_name, self.config.sampler
         if fixed and asked not in (None, fixed):
             raise OptionError(f"{type(self).__name__} is the sampler {fixed!r}; use TableScheduler for {asked!r}")
-        found = rewritten(asked or fixed or "dpmpp", self.config.rewrite)
+        found = rewritten(asked or fixed or self.sampler_default, self.config.rewrite)
         return found, found.options({**(self.config.sampler_options or {}), **self._filled})
 
     # ------------------------------------------------------------------ a run
@@ -279,6 +283,9 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         run = self._runs.need()
         if not 0 <= begin_index <= len(run):
             raise RunError(f"set_begin_index({begin_index}): this run has calls 0..{len(run) - 1}")
+        sampler, options = self._sampler()
+        if 0 < begin_index < len(run) and sampler.begin is not None:  # it may refuse, before the model is called
+            begin_at(run.table, run.grid, int(begin_index), sampler, options)
         run.begin, run.counter = int(begin_index), None
         run.history = []
 

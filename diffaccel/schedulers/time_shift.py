@@ -63,10 +63,11 @@ class TimeShift:
                 f"{path.family!r}: give window_lam and cutoff_lam (in half log-SNR; no setting is published)"
             )
         if self.mode == "timestep":
-            if not discrete or self.window is None or name != "ddim" or table.stochastic:
+            plain = name == "ddim" and not table.stochastic and all(isinstance(r.space, str) for r in table.rows)
+            if not discrete or self.window is None or not plain:
                 raise OptionError(
-                    "'time_shift' in mode 'timestep' works with the deterministic sampler 'ddim' on a VP path with "
-                    f"training steps, not with {name!r} on {path.family!r}"
+                    "'time_shift' in mode 'timestep' works with the deterministic sampler 'ddim', without changes of "
+                    f"its predictions, on a VP path with training steps; not with {table.sampler!r} on {path.family!r}"
                 )
             if not fed:
                 raise RunError(
@@ -75,12 +76,17 @@ class TimeShift:
                 )
 
 
-@policy("time_shift", stage="target", clashes={
-    "restart": "its rows jump up in noise, where a shift of the target has no meaning",
-    "skip": "a row that spans a skipped node has weights that depend on where it ends",
-    "momentum": "the velocity would be made of steps that end elsewhere",
-    "extrapolate": "not tried; the rows would hold registers",
-})  # fmt: skip
+@policy(
+    "time_shift",
+    stage="target",
+    clashes={
+        "restart": "its rows jump up in noise, where a shift of the target has no meaning",
+        "skip": "a row that spans a skipped node has weights that depend on where it ends",
+        "momentum": "the velocity would be made of steps that end elsewhere",
+        "contrast": "the difference would be taken between predictions at levels that were shifted apart",
+        "boost_and_skip": "the boosted noise would be read as another noise level",
+    },
+)
 def time_shift(
     window: int | None = None,
     cutoff: float | None = None,
@@ -379,9 +385,9 @@ def _edges(values: np.ndarray) -> np.ndarray:
 
 
 def _made(bounds: np.ndarray, mix: Sequence[Sequence[float]], at: np.ndarray, center: float, x: torch.Tensor) -> Aim:
-    like = {"dtype": x.dtype, "device": x.device}
     middle = int(np.argmin(np.abs(at - center)))
-    return Aim(torch.tensor(bounds.copy(), **like), torch.tensor(mix, **like), middle, at)
+    edges, columns = (torch.tensor(np.array(v), dtype=x.dtype, device=x.device) for v in (bounds, mix))
+    return Aim(edges, columns, middle, at)
 
 
 def _columns(mix: torch.Tensor, k: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
