@@ -173,7 +173,7 @@ class Search:
     ) -> None:
         self.engine, self.tag, self.student, self.batches = engine, tag, student, batches
         edges = np.cumsum([0, *map(len, batches)])
-        self.targets = [torch.from_numpy(teacher[a:b]).double() for a, b in pairwise(edges)]
+        self.targets = [torch.tensor(teacher[a:b], dtype=torch.float64) for a, b in pairwise(edges)]
         self.losses: dict[str, float] = engine.kept.notes.setdefault(f"{tag}/losses", {})
 
     def ratios(self) -> list[float]:

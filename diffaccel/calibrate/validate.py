@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from diffusers.utils import logging
 
 from ..compare import stock
 from ..errors import OptionError
@@ -125,6 +126,8 @@ def best_stock(
         {"scheduler", "error", "median", "tried"}.
     """
     found: list[tuple[float, float, str]] = []
+    told = logging.get_verbosity()
+    logging.set_verbosity_error()  # each of them would list the config keys that it does not know
     for candidate in (c for c in stock(config) if c.name in STOCK):
         try:
             states = ends(engine, f"{name}/{candidate.name}", batches, lambda c=candidate: c.make(config), calls)  # type: ignore[misc]
@@ -132,5 +135,6 @@ def best_stock(
             continue
         e = over_processes(engine, f"{name}/{candidate.name}/errors", errors(states, teacher))
         found.append((float(np.nan_to_num(e, nan=1e30).mean()), float(np.median(e)), candidate.name))
+    logging.set_verbosity(told)
     error, median, chosen = min(found)
     return {"scheduler": chosen, "error": error, "median": median, "tried": len(found)}
