@@ -48,11 +48,12 @@ def plan(
         nodes = grid_nodes(path, n, grid, final=final, **grid_options)
     else:
         refuse_nodes(sampler, options, "sigmas" if timesteps is None else "timesteps")
-        nodes = _given(path, n, calls, sigmas, timesteps, final)
+        nodes = _given(path, min(n, calls), calls, sigmas, timesteps, final)
+        calls = calls if n <= calls else None  # a sampler that skips: these are its nodes, it calls fewer
     return run_on(nodes, sampler, options, calls, device)
 
 
-def run_on(nodes: Nodes, sampler: Sampler, options: dict[str, Any], calls: int, device: Any) -> Run:
+def run_on(nodes: Nodes, sampler: Sampler, options: dict[str, Any], calls: int | None, device: Any) -> Run:
     """A run on these nodes."""
     nodes = sampler.placed(nodes, options)
     table = sampler.trace(nodes, calls, **options)
