@@ -41,21 +41,27 @@ def _place(row: Row, against: str) -> float | None:
     return seconds["total"] if isinstance(seconds, dict) else None
 
 
-def curves(rows: Sequence[Row], against: str, fid_label: str) -> bytes | None:
-    """PNG of quality against "calls" or "seconds"; None if there is nothing to show.
-
-    Stock schedulers are grey, the teacher is a dashed line, bars are 95 % intervals.
-    """
+def drawing() -> tuple[Any, Any]:
+    """Canvas and figure of matplotlib. Raises OptionError where it is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise OptionError("the plots of a report need matplotlib: pip install diffaccel[eval]") from error
+    return FigureCanvasAgg, Figure
+
+
+def curves(rows: Sequence[Row], against: str, fid_label: str) -> bytes | None:
+    """PNG of quality against "calls" or "seconds"; None if there is nothing to show.
+
+    Stock schedulers are grey, the teacher is a dashed line, bars are 95 % intervals.
+    """
+    canvas, new_figure = drawing()
     shown = [p for p in _PANELS if any(_point(r, p[0]) and _place(r, against) for r in rows)]
     if not shown:
         return None
-    figure = Figure(figsize=(4.8, 2.6 * len(shown) + 1.0), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(figsize=(4.8, 2.6 * len(shown) + 1.0), dpi=150, layout="constrained")
+    canvas(figure)
     axes = np.atleast_1d(figure.subplots(len(shown), 1))
     for axis, (metric, title, hint) in zip(axes, shown):
         _panel(axis, rows, metric, against)

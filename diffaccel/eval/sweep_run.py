@@ -26,6 +26,7 @@ from ..prompts import read_prompts
 from . import clip as clip_metric
 from .cells import CANDIDATE, HALF, STOCK, TEACHER, Block, Cell, Plan, Store, cell_folder
 from .measure import Meter, reference_name, save_reference
+from .plots import drawing
 from .report_run import Report, write_report
 from .rivals import Setting, rivals
 from .rivals import teacher as stock_teacher
@@ -88,6 +89,7 @@ def sweep(
         OptionError: what is wrong in the arguments, before the first image.
         RunError: a batch failed; the message names it.
     """
+    drawing()  # what the report needs is missed before hours are spent
     world = world or SoloWorld(getattr(pipe, "device", "cpu"))
     driver = Driver(pipe, options or {}, world.check)
     texts = driver.key == "prompt"

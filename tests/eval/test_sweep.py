@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from diffaccel.parallel import folder
 
 DPM = {"solver_order": 2, "timestep_spacing": "trailing", "final_sigmas_type": "zero"}
 OPTIONS = {"options": {"guidance_scale": 4.0}, "clip": "tiny-clip", "progress": False, "block": 8, "batch": 8}
-SMALL = {**OPTIONS, "images": 12, "teacher_calls": 8, "teacher_images": 8, "stock": True}
+SMALL = {**OPTIONS, "clip": None, "images": 12, "teacher_calls": 8, "teacher_images": 8, "stock": True}
 
 
 class Copy(DPMSolverMultistepScheduler):
@@ -289,6 +290,13 @@ def test_refused_before_the_first_image(pipe, tmp_path, changes, message):
     with pytest.raises(DiffaccelError, match=message):
         sweep(pipe, out=tmp_path / "out", **{**given, **changes})
     assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_without_matplotlib_nothing_begins(pipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(OptionError, match=r"need matplotlib: pip install diffaccel\[eval\]"):
+        run(pipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_other_things_is_refused(pipe, tmp_path):
