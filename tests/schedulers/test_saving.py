@@ -17,7 +17,7 @@ from diffusers.pipelines import pipeline_loading_utils as loading
 from scheduler_runs import PATHS, SD, loop, make, noise, sampled, uncalibrated
 
 import diffaccel.schedulers
-from diffaccel import TableScheduler
+from diffaccel import TableScheduler, epsilon_scale, restart, time_shift
 from diffaccel.core.path import Path
 from diffaccel.schedulers import UniPCScheduler, registration
 from diffaccel.testing.pipelines import build, call_kwargs
@@ -118,10 +118,22 @@ def same(a, b, **run):
     return a.table == b.table
 
 
+def parts(cls, path):
+    """The rewriter or policy that a preset is named after, with options that fit the path."""
+    shift = (2.0, -1.0) if path in ("flow", "edm") else (40, 300)
+    names = ("window_lam", "cutoff_lam") if path in ("flow", "edm") else ("window", "cutoff")
+    known = {
+        "restart": {"rewrite": [restart([(3, 1, 1.0, 3.0)])]},
+        "epsilon_scale": {"rewrite": [epsilon_scale(1.01)]},
+        "time_shift": {"policy": [time_shift(**dict(zip(names, shift, strict=True)))]},
+    }
+    return known.get(cls.rewriter_name or cls.policy_name, {})
+
+
 @pytest.mark.parametrize("cls", PRESETS)
 @pytest.mark.parametrize("path", PATHS)
 def test_config_through_a_file(cls, path, tmp_path):
-    scheduler = cls(**PATHS[path], sampler_options=uncalibrated(cls.sampler_name) or None)
+    scheduler = cls(**PATHS[path], sampler_options=uncalibrated(cls.sampler_name) or None, **parts(cls, path))
     twin = reloaded(scheduler, tmp_path)
     public = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
     assert {k: v for k, v in twin.config.items() if k != "_use_default_values"} == public
