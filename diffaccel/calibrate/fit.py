@@ -15,7 +15,8 @@ import numpy as np
 from ..artifact import Artifact, path_identity
 from ..compare import stock
 from ..core.node import Node
-from ..core.path import Nodes, Path
+from ..core.path import Path
+from ..drive import denoiser
 from ..errors import ArtifactWarning, OptionError
 from ..identity import check_model, model_identity
 from ..prompts import read_prompts
@@ -43,6 +44,8 @@ def fit(
     order: int = 3,
     ridge: float = 1e-4,
     grids: str | Sequence[str] = "auto",
+    moves: int = 40,
+    channels: bool | str = "auto",
     rounded: bool = False,
     rivals: str = "usual",
     guidance: float | None = None,
@@ -64,7 +67,7 @@ def fit(
         prompts: like the ones that it will be used with: a list or a file (classes of class-conditional models).
             16 or more; 48 different ones also judge on prompts that were not fitted to.
         calls: budgets of model calls.
-        samples, holdout, teacher_steps, order, ridge, rounded, rivals: see `fit_core.Plan`.
+        samples, holdout, teacher_steps, order, ridge, moves, channels, rounded, rivals: see `fit_core.Plan`.
         seed: of the first input's noise.
         grids: candidates of `grid.GRIDS`; "auto" is all of them.
         guidance: `guidance_scale` of the pipeline's call; None leaves the pipeline's own.
@@ -87,7 +90,10 @@ def fit(
     if prompts is None:
         raise OptionError("fit needs prompts: 16 or more like those that you will use, a list or a file (one a line)")
     named = read_prompts(FilePath(prompts) if isinstance(prompts, os.PathLike) else prompts)
-    plan = Plan(_budgets(calls), samples, holdout, teacher_steps, order, ridge, _grids(grids), rounded, rivals)
+    plan = Plan(
+        *(_budgets(calls), samples, holdout, teacher_steps, order, ridge),
+        *(_grids(grids), moves, channels, rounded, rivals),
+    )
     settings = {"kind": KIND, "plan": _json(plan), "model": model_identity(pipe)["weights_sha256"]}
     engine = Engine(
         pipe, named, guidance=guidance, call=call, batch=batch, seed=seed, out=out, settings=settings, progress=progress
@@ -95,7 +101,9 @@ def fit(
     runner = Piped(engine)
     tried = _rivals(pipe, rivals)
     made = Fitting(runner, plan, own=runner.own_nodes, memo=runner.memo, rivals=_measure(runner, tried))
-    twice = made.runs_twice(memory_limit, _elements(runner))
+    shape = runner.shape()
+    made.groups = _channels(shape, engine.pipe)
+    twice = made.runs_twice(memory_limit, int(np.prod(shape)))
     planned = plan.cost(batch, len(tried), twice)
     if progress:
         again = ", the teacher twice because its states need more than memory_limit" if twice else ""
@@ -106,7 +114,7 @@ def fit(
         "path": path_identity(runner.path, runner.reading.settings["prediction_type"]),
         "model": model_identity(pipe),
         "guidance": guidance if guidance is not None else _default(pipe, "guidance_scale"),
-        "shape": list(made.teacher.images[0].shape),
+        "shape": list(shape),
         "seeds": [seed, seed + samples + holdout],
         "call": {k: str(v) for k, v in call.items()},
         "cost": engine.cost,
@@ -210,16 +218,12 @@ def _default(pipe: Any, name: str) -> Any:
     return None if found is None or found.default is inspect.Parameter.empty else found.default
 
 
-def _elements(runner: Piped) -> int:
-    """Elements of one input's state, by a run that is left at its first call."""
-    seen: list[int] = []
-
-    def step(i: int, x: np.ndarray, d: np.ndarray) -> None:
-        seen.append(x[0].size)
-
-    path = runner.path
-    runner.run([0], Nodes([path.first, path.end], path), step)
-    return seen[0]
+def _channels(shape: tuple[int, ...], pipe: Any) -> tuple[int, ...]:
+    """The shape of a coefficient for each channel; () where it is not known which axis they are."""
+    channels = getattr(denoiser(pipe).config, "in_channels", None)
+    axes = [k for k, n in enumerate(shape) if n == channels]
+    axis = 0 if len(shape) > 2 else axes[0] if len(axes) == 1 else None
+    return () if axis is None or shape[axis] == 1 else tuple(n if k == axis else 1 for k, n in enumerate(shape))
 
 
 def _rivals(pipe: Any, which: str) -> list[Any]:

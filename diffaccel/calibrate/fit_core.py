@@ -11,9 +11,9 @@ import numpy as np
 from ..core.path import Nodes
 from ..errors import OptionError, one_of
 from .fit_guard import Errors, Judgement, judge, relative
-from .fit_rows import Gram
+from .fit_rows import Gram, spread
 from .fit_run import Runner, Teacher, analytic, batches, fit_rows, start_rows, student, teach
-from .grid import AUTO, GRIDS, choose, teacher_nodes
+from .grid import AUTO, GRIDS, choose, descend, teacher_nodes
 
 Tensors = dict[str, np.ndarray]
 RIVALS = ("usual", "all", "none")
@@ -32,6 +32,9 @@ class Plan:
         order: predictions that a row combines, 1 to 4.
         ridge: relative weight of the pull to the analytic rows.
         grids: candidates; the best by cross-validation is taken.
+        moves: how many changes of its nodes are then tried, each kept if cross-validation finds it
+            better; none where the teacher's states do not fit in memory.
+        channels: a coefficient for each channel: True, False, or "auto": what cross-validation finds better.
         rounded: nodes at whole training steps, for models that embed integers.
         rivals: which of diffusers' schedulers are measured beside: "usual", "all", "none".
     """
@@ -43,6 +46,8 @@ class Plan:
     order: int = 3
     ridge: float = 1e-4
     grids: tuple[str, ...] = AUTO
+    moves: int = 40
+    channels: bool | str = "auto"
     rounded: bool = False
     rivals: str = "usual"
 
@@ -62,6 +67,10 @@ class Plan:
             raise OptionError(f"grids must name one or more of {', '.join(GRIDS)}")
         for name in self.grids:
             one_of("grid", name, GRIDS)
+        if isinstance(self.moves, bool) or not isinstance(self.moves, int) or self.moves < 0:
+            raise OptionError(f"moves must be a number of 0 or more, got {self.moves!r}")
+        if self.channels not in (True, False, "auto"):
+            raise OptionError(f"channels must be True, False or 'auto', got {self.channels!r}")
         one_of("rivals", self.rivals, RIVALS)
 
     def cost(self, batch: int, rivals: int, twice: bool) -> int:
@@ -73,11 +82,12 @@ class Plan:
             twice: whether the teacher runs a second time, because its states do not fit in memory.
         """
         s, k = self.samples, self.teacher_steps
-        half = s // 2
+        half, moves = s // 2, 0 if twice else self.moves
+        trials = len(self.grids) + moves + (self.channels == "auto")
         total = (k + 1) * (s * (1 + twice) + self.holdout) + 2 * (k // 2 + 1)
         for n in self.calls:
-            for part in (half, s - half) if len(self.grids) > 1 else ():
-                total += len(self.grids) * (_row_calls(n, part, batch) + n * part)
+            for part in (half, s - half) if trials > 1 else ():
+                total += trials * (_row_calls(n, part, batch) + n * part)
             total += _row_calls(n, s, batch) + n * s + n * self.holdout * (3 + rivals + 1)
         return total
 
@@ -127,6 +137,7 @@ class Fitting:
     ) -> None:
         self.runner, self.plan, self.own, self.memo, self.rivals = runner, plan, own, memo, rivals
         self.keeps = True  # the teacher's states
+        self.groups: tuple[int, ...] = ()  # of a coefficient for each channel
         self.inputs = list(range(plan.samples))
         self.held = list(range(plan.samples, plan.samples + plan.holdout))
         nodes = teacher_nodes(runner.path, plan.teacher_steps, rounded=plan.rounded)
@@ -198,16 +209,27 @@ class Fitting:
     # ------------------------------------------------------------------ one budget
     def fit(self, calls: int) -> Fitted:
         """The table for this many calls, judged."""
+        groups = self.groups if self.plan.channels else ()
         candidates = self._candidates(calls)
         self.again([k for chosen in candidates.values() for k in chosen])
-        scores = {name: self._validated(calls, name, chosen) for name, chosen in candidates.items()}
+        scores = {name: self.validated(chosen, groups) for name, chosen in candidates.items()}
         name = min(scores, key=lambda n: scores[n])
-        chosen = candidates[name]
-        nodes = self.teacher.at(chosen)
-        w = self._rows(f"rows/{calls}", self.inputs, chosen)
-        start = start_rows(self.teacher.gram, nodes, chosen, self.plan.order, self.plan.ridge)
+        chosen, best = candidates[name], scores[name]
         report: dict[str, Any] = {"grid": name, "candidates": {k: float(f"{v:.4g}") for k, v in scores.items()}}
-        return self._judged(calls, Fitted(nodes, w, start, report))
+        if groups and self.plan.channels == "auto":
+            alike = self.validated(chosen, ())
+            report["one coefficient for all channels"] = float(f"{alike:.4g}")
+            groups, best = ((), alike) if alike <= best else (groups, best)
+        if self.plan.moves and self.keeps:
+            chosen, moved, tried = descend(
+                chosen, best, lambda c: self.validated(c, groups), self.teacher.gram.size, self.plan.moves
+            )
+            report["moved nodes"] = {"from": float(f"{best:.4g}"), "to": float(f"{moved:.4g}"), "tried": tried}
+        nodes = self.teacher.at(chosen)
+        w = self._rows(self.inputs, chosen, groups)
+        start = start_rows(self.teacher.gram, nodes, chosen, self.plan.order, self.plan.ridge)
+        report["coefficients"] = "one for each channel" if groups else "one for all channels"
+        return self._judged(calls, Fitted(nodes, w, spread(start, groups), report))
 
     def _candidates(self, calls: int) -> dict[str, list[int]]:
         own = self.own(calls)
@@ -220,26 +242,28 @@ class Fitting:
             raise OptionError(f"none of the grids {', '.join(self.plan.grids)} has {calls} nodes on this path")
         return found
 
-    def _rows(self, name: str, inputs: Sequence[int], chosen: Sequence[int]) -> np.ndarray:
+    def _rows(self, inputs: Sequence[int], chosen: Sequence[int], groups: tuple[int, ...]) -> np.ndarray:
         plan, nodes = self.plan, self.teacher.at(chosen)
+        self.again(chosen)
         target = self.teacher.target(chosen)
 
         def compute() -> Tensors:
-            return {"w": fit_rows(self.runner, inputs, nodes, target, order=plan.order, ridge=plan.ridge)}
+            return {
+                "w": fit_rows(self.runner, inputs, nodes, target, order=plan.order, ridge=plan.ridge, groups=groups)
+            }
 
-        return self.memo(name, compute)["w"]
+        return self.memo(f"rows/{_key(chosen, groups)}/{inputs[0]}-{inputs[-1]}", compute)["w"]
 
-    def _validated(self, calls: int, name: str, chosen: Sequence[int]) -> float:
+    def validated(self, chosen: Sequence[int], groups: tuple[int, ...]) -> float:
         """Geometric mean of the errors of each half of the inputs, with rows fitted to the other half."""
-        if len(self.plan.grids) == 1:
-            return float("nan")
         half = len(self.inputs) // 2
         parts = [self.inputs[:half], self.inputs[half:]]
         errors = []
-        for k, (fitted, scored) in enumerate((parts, parts[::-1])):
-            w = self._rows(f"rows/{calls}/{name}/{k}", fitted, chosen)
-            errors.append(self.errors(f"{calls}/{name}/{k}", self.teacher.at(chosen), w, scored).values)
-        return Errors(name, np.concatenate(errors)).geometric
+        for fitted, scored in (parts, parts[::-1]):
+            w = self._rows(fitted, chosen, groups)
+            name = f"{_key(chosen, groups)}/{scored[0]}"
+            errors.append(self.errors(name, self.teacher.at(chosen), w, scored).values)
+        return Errors("", np.concatenate(errors)).geometric
 
     def errors(self, name: str, nodes: Nodes, w: np.ndarray, inputs: Sequence[int]) -> Errors:
         """Relative errors of a table's images."""
@@ -279,6 +303,10 @@ class Fitting:
         report["table"] = best
         start = start_rows(self.teacher.gram, nodes, None, order, plan.ridge)
         return Fitted(nodes, analytic(nodes, order), start, report)
+
+
+def _key(chosen: Sequence[int], groups: tuple[int, ...]) -> str:
+    return "-".join(map(str, chosen)) + ("c" if groups else "")
 
 
 def _report(

@@ -95,6 +95,12 @@ class Piped:
         with suppress(_Enough):
             self.engine.run(self.group(inputs), scheduler, len(nodes) - 1)
 
+    def shape(self) -> tuple[int, ...]:
+        """Of one input's state, by a run that is left at its first call."""
+        seen: list[tuple[int, ...]] = []
+        self.run([0], Nodes([self.path.first, self.path.end], self.path), lambda i, x, d: seen.append(x.shape[1:]))
+        return seen[0]
+
     def rival(
         self,
         inputs: Sequence[int],

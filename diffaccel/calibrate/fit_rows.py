@@ -98,6 +98,42 @@ def ridge_solve(a: np.ndarray, b: np.ndarray, ridge: float, base: np.ndarray) ->
         ) from None
 
 
+def moments(features: Sequence[np.ndarray], target: np.ndarray, groups: tuple[int, ...] = ()) -> np.ndarray:
+    """Mean products of m features with (features, target), (G, m, m + 1) float64.
+
+    Args:
+        features, target: (B, *shape).
+        groups: broadcasts to `shape`; elements that share an entry of it belong together. () is one group of all.
+    """
+    m, count = len(features), int(np.prod(groups))
+    rows = [_grouped(v, groups) for v in (*features, target)]
+    total = np.zeros((count, m, m + 1))
+    size = rows[0].shape[1]
+    block = max(1, BLOCK // count)
+    for start in range(0, size, block):
+        part = np.stack([r[:, start : start + block] for r in rows], axis=1).astype(np.float64)
+        total += part[:, :m] @ part.swapaxes(1, 2)
+    return total / size
+
+
+def _grouped(v: np.ndarray, groups: tuple[int, ...]) -> np.ndarray:
+    """(G, elements of a group) of v (B, *shape)."""
+    axes = [k + 1 for k, n in enumerate(groups) if n > 1]
+    return np.moveaxis(v, axes, range(len(axes))).reshape(int(np.prod(groups)), -1)
+
+
+def solved(products: np.ndarray, ridge: float, base: np.ndarray, groups: tuple[int, ...]) -> np.ndarray:
+    """The ridge solutions (m, *groups) of `moments`; `base` (m,) is what the ridge pulls to."""
+    m = len(base)
+    w = np.stack([ridge_solve(p[:, :m], p[:, m], ridge, base) for p in products], axis=1)
+    return w.reshape(m, *groups)
+
+
+def spread(rows: np.ndarray, groups: tuple[int, ...]) -> np.ndarray:
+    """The same coefficients for every group: (..., *groups) of rows (...)."""
+    return np.array(np.broadcast_to(rows.reshape(*rows.shape, *(1 for _ in groups)), (*rows.shape, *groups)))
+
+
 # ---------------------------------------------------------------------- analytic rows
 def normalised(table: Table, order: int) -> np.ndarray:
     """The rows of a table of data predictions, (N, order + 1), for normalised states.

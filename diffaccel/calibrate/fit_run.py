@@ -11,7 +11,7 @@ import numpy as np
 from ..core.path import Nodes, Path
 from ..errors import RunError
 from ..samplers.registry import get
-from .fit_rows import BLOCK, Gram, normalised, ridge_solve, scale
+from .fit_rows import Gram, moments, normalised, ridge_solve, scale, solved, spread
 
 # step(i, x, d): the state x and x0-prediction d of call i, (B, ...); returns the next state, or None to end the run.
 Step = Callable[[int, np.ndarray, np.ndarray], "np.ndarray | None"]
@@ -146,7 +146,7 @@ Seen = Callable[[int, list[np.ndarray]], bool]  # seen(i, features) before row i
 def student(
     runner: Runner, inputs: Sequence[int], nodes: Nodes, w: np.ndarray, seen: Seen = lambda i, features: True
 ) -> np.ndarray | None:
-    """Run normalised rows w (N, order + 1) for one batch.
+    """Run normalised rows w (N, order + 1, ...) for one batch.
 
     Args:
         seen: sees `[u_i, D_i, D_{i-1}, ...]`, and may still change `w[i]`.
@@ -165,7 +165,7 @@ def student(
         features = [x / scale(nodes[i]), *past]
         if not seen(i, features):
             return None
-        u = sum((float(c) * f for c, f in zip(w[i, 1:], features[1:], strict=False)), float(w[i, 0]) * features[0])
+        u = sum(np.asarray(c, f.dtype) * f for c, f in zip(w[i], features, strict=False))
         result[:] = [u]
         return u * scale(nodes[i + 1])
 
@@ -173,53 +173,54 @@ def student(
     return result[0] if len(result) and len(past) else None
 
 
-def moments(features: Sequence[np.ndarray], target: np.ndarray) -> np.ndarray:
-    """Sums of products of (features, target) with features, (m, m + 1) float64."""
-    m = len(features)
-    total = np.zeros((m, m + 1))
-    rows = [np.asarray(v).reshape(-1) for v in (*features, target)]
-    for start in range(0, rows[0].size, BLOCK):
-        block = np.stack([r[start : start + BLOCK] for r in rows]).astype(np.float64)
-        total += block[:m] @ block.T
-    return total
-
-
 def fit_rows(
-    runner: Runner, inputs: Sequence[int], nodes: Nodes, target: Target, *, order: int = 3, ridge: float = 1e-4
+    runner: Runner,
+    inputs: Sequence[int],
+    nodes: Nodes,
+    target: Target,
+    *,
+    order: int = 3,
+    ridge: float = 1e-4,
+    groups: tuple[int, ...] = (),
 ) -> np.ndarray:
     """Rows for these nodes, each solved on the states that the rows before it really give.
 
     One pass of N calls if the inputs are one batch; else N passes, the i-th of i calls, which give the same rows.
 
+    Args:
+        order: predictions that a row combines.
+        ridge: of the pull to DPM-Solver++ 2M.
+        groups: () for numbers, or a shape that broadcasts to one sample's: a coefficient for each entry.
+
     Returns:
-        (N, order + 1) for normalised states.
+        (N, order + 1, *groups) for normalised states.
     """
     base = analytic(nodes, order)
-    w, groups = base.copy(), batches(inputs, runner.batch)
+    w, parts = spread(base, groups), batches(inputs, runner.batch)
 
-    def solve(i: int, total: np.ndarray, elements: int) -> None:
-        m, mean = len(total), total / elements
-        w[i, :m] = ridge_solve(mean[:, :m], mean[:, m], ridge, base[i, :m])
+    def solve(i: int, products: np.ndarray) -> None:
+        m = products.shape[1]
+        w[i, :m] = solved(products, ridge, base[i, :m], groups)
 
-    if len(groups) == 1:
+    if len(parts) == 1:
 
         def at_once(i: int, features: list[np.ndarray]) -> bool:
-            solve(i, moments(features, target(i, groups[0])), features[0].size)
+            solve(i, moments(features, target(i, parts[0]), groups))
             return True
 
-        student(runner, groups[0], nodes, w, at_once)
+        student(runner, parts[0], nodes, w, at_once)
         return w
     for i in range(len(nodes) - 1):
-        sums: list[tuple[np.ndarray, int]] = []
-        for group in groups:
+        found: list[np.ndarray] = []
+        for part in parts:
 
-            def until(k: int, features: list[np.ndarray], i: int = i, group: Any = group, sums: Any = sums) -> bool:
+            def until(k: int, features: list[np.ndarray], i: int = i, part: Any = part, found: Any = found) -> bool:
                 if k == i:
-                    sums.append((moments(features, target(i, group)), features[0].size))
+                    found.append(len(part) * moments(features, target(i, part), groups))
                 return k < i
 
-            student(runner, group, nodes, w, until)
-        solve(i, sum(total for total, _ in sums), sum(size for _, size in sums))  # type: ignore[arg-type]
+            student(runner, part, nodes, w, until)
+        solve(i, np.sum(found, axis=0) / len(inputs))
     return w
 
 
@@ -229,7 +230,7 @@ def analytic(nodes: Nodes, order: int) -> np.ndarray:
 
 
 def start_rows(gram: Gram, nodes: Nodes, chosen: Sequence[int] | None, order: int, ridge: float) -> np.ndarray:
-    """(N, order - 1, order + 1): rows with less history than a whole run has, from the Gram matrix.
+    """(N, order - 1, order + 1) numbers: rows with less history than a whole run has, from the Gram matrix.
 
     Args:
         chosen: the nodes' places among the teacher's; None: analytic rows.

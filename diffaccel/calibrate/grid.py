@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import pairwise, product
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from ..core.trace import first_order
 from ..errors import OptionError, one_of
 from .fit_rows import Gram, scale
 
+GAIN = 0.005  # a move must lower the score by this much
 RIDGE = 1e-6  # relative; keeps the rows of the search finite
 GITS = 1.15  # weight of later rows (zju-pi/diff-sampler, gits: `coeff`)
 GRIDS = AUTO = ("dp2", "dp1", "gits", "time", "quadratic", "lam", "own")
@@ -161,3 +162,41 @@ def choose(name: str, gram: Gram, nodes: Nodes, calls: int, own: Sequence[Node] 
         return None if own is None else snapped(own, nodes[:-1])
     kind = {"time": "linspace_open", "quadratic": "quadratic", "lam": "uniform_lambda"}[name]
     return snapped(grid_nodes(nodes.path, calls, kind)[:-1], nodes[:-1])
+
+
+def descend(
+    chosen: Sequence[int], best: float, score: Callable[[list[int]], float], size: int, most: int
+) -> tuple[list[int], float, int]:
+    """Move one node at a time, by ever smaller distances, as long as the score falls.
+
+    Args:
+        chosen: increasing indices below `size`; the first stays.
+        best: their score.
+        score: of a choice.
+        most: how many choices are scored.
+
+    Returns:
+        (indices, score, how many were scored).
+    """
+    found, tried = list(chosen), 0
+    for distance in _distances(found, size):
+        better = True
+        while better:
+            better = False
+            for i, by in product(range(1, len(found)), (distance, -distance)):
+                moved = [*found[:i], found[i] + by, *found[i + 1 :]]
+                ends = [*moved, size]
+                if not ends[i - 1] < ends[i] < ends[i + 1]:
+                    continue
+                if tried == most:
+                    return found, best, tried
+                value, tried = score(moved), tried + 1
+                if value < (1 - GAIN) * best:
+                    found, best, better = moved, value, True
+    return found, best, tried
+
+
+def _distances(chosen: Sequence[int], size: int) -> list[int]:
+    """A third of the mean gap, half of that, half again."""
+    first = max(1, round(size / len(chosen) / 3))
+    return sorted({max(1, first // k) for k in (1, 2, 4)}, reverse=True)

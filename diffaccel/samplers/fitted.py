@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.linear import Coef, as_coef, fit
 from ..core.node import Node
 from ..core.path import Nodes
 from ..errors import ArtifactError, OptionError
@@ -26,8 +27,8 @@ class Rows:
 
     Args:
         node: (N, 3) float64: t, alpha, sigma of each call. The run ends at alpha = 1, sigma = 0.
-        w: (N, order + 1).
-        start: (N, order - 1, order + 1): for a run that begins at call k, `start[k + j, j]` is its row j.
+        w: (N, order + 1, *s): numbers, or arrays that broadcast to one sample (s = (C, 1, 1): one for each channel).
+        start: (N, order - 1, order + 1, *s): for a run that begins at call k, `start[k + j, j]` is its row j.
     """
 
     node: np.ndarray
@@ -53,13 +54,13 @@ class Rows:
             return False
         return bool(np.allclose([node.key for node in nodes[:-1]], self.node[-n:], rtol=SAME, atol=1e-12))
 
-    def row(self, i: int, past: int) -> tuple[float, list[float]]:
+    def row(self, i: int, past: int) -> tuple[Coef, list[Coef]]:
         """(a, [b_0, b_1, ...]) for states as they are, of call i with `past` earlier predictions at hand."""
         full = min(self.order, i + 1)
         w = self.w[i] if past + 1 >= full else self.start[i, past]
         here = math.hypot(self.node[i, 1], self.node[i, 2])
         there = math.hypot(self.node[i + 1, 1], self.node[i + 1, 2]) if i + 1 < len(self) else 1.0
-        return float(w[0]) * there / here, [float(v) * there for v in w[1 : min(full, past + 1) + 1]]
+        return as_coef(w[0] * there / here), [as_coef(v * there) for v in w[1 : min(full, past + 1) + 1]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +164,7 @@ def fitted(x: Any, nodes: Nodes, predict: Any, noise: Any, *, tables: Tables | N
     for j, s in enumerate(nodes[:-1]):
         past = [predict(x, s), *past][: rows.order]
         a, b = rows.row(first + j, len(past) - 1)
-        x = a * x
+        x = x * fit(a, x)
         for coefficient, d in zip(b, past, strict=True):
-            x = x + coefficient * d
+            x = x + d * fit(coefficient, d)
     return x
