@@ -95,7 +95,8 @@ def _adapter(name: str) -> str:
     if "lora_" not in name:
         return "ip_adapter"
     parts = name.split(".")
-    return parts[next(i for i, part in enumerate(parts) if part.startswith("lora_")) + 1]
+    after = parts[next(i for i, part in enumerate(parts) if part.startswith("lora_")) + 1 :]
+    return after[0] if len(after) > 1 else "lora"
 
 
 # ---------------------------------------------------------------------- comparison
