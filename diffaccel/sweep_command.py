@@ -26,6 +26,7 @@ def add_parser(metrics: Any) -> None:
     p = metrics.add_parser("sweep", help="schedulers over budgets of model calls: table, plots, report", epilog=EPILOG)
     p.add_argument("model", metavar="MODEL", help="tiny-sd, tiny-flow, tiny-pixel, a folder, or a hub id")
     p.add_argument("--schedulers", default="", metavar="A,B", help="besides the stock ones, which are always there")
+    p.add_argument("--stock", metavar="A,B", help="only these of the stock ones: own, 'DPM++ 2M', UniPC, ... or none")
     p.add_argument("--calls", required=True, metavar="5,8,10,20", help="budgets of model calls")
     p.add_argument("--out", required=True, metavar="DIR", help="folder of the report; a run that was stopped goes on")
     p.add_argument("--prompts", metavar="FILE", help="image i has prompt i mod P (default: an embedded model's own)")
@@ -34,18 +35,14 @@ def add_parser(metrics: Any) -> None:
     p.add_argument("--seed", type=int, default=0, help="image i has the seed SEED + i (default 0)")
     p.add_argument("--batch", type=int, default=64, metavar="B", help="images in one pass (default 64)")
     p.add_argument("--block", type=int, metavar="K", help="images that are one unit of work (default about 256)")
-    p.add_argument(
-        "--guidance", type=float, metavar="G", help="guidance scale (embedded models: 4)"
-    )
+    p.add_argument("--guidance", type=float, metavar="G", help="guidance scale (embedded models: 4)")
     p.add_argument("--height", type=int, metavar="H")
     p.add_argument("--width", type=int, metavar="W")
     p.add_argument("--call", action="append", default=[], metavar="key=value", help="argument of the pipeline's call")
     p.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default float32)")
     p.add_argument("--features", help="feature network of FID (default: the reference's, else inception-v3:clean)")
     p.add_argument("--weights", help="file of Inception weights (default $DIFFACCEL_INCEPTION)")
-    p.add_argument(
-        "--clip", metavar="M", help="model of the CLIP score, or none (default: CLIP ViT-B/16)"
-    )
+    p.add_argument("--clip", metavar="M", help="model of the CLIP score, or none (default: CLIP ViT-B/16)")
     p.add_argument("--teacher-calls", type=int, default=100, metavar="N", help="0: no teacher (default 100)")
     p.add_argument("--teacher-images", type=int, default=512, metavar="N", help="compared with it (default 512)")
     p.add_argument("--threads", type=int, default=1, metavar="T", help="CPU threads a process (default 1)")
@@ -87,6 +84,10 @@ def parse_schedulers(text: str) -> dict[str, tuple[str, dict[str, Any]]]:
             raise OptionError(f"--schedulers: {part.strip()} is given twice")
         found[part.strip()] = (name, key_values(options, f"--schedulers {name}:"))
     return found
+
+
+def _stock(text: str | None) -> bool | list[str]:
+    return True if text is None else [] if text == "none" else [part.strip() for part in text.split(",")]
 
 
 def _sweep(
@@ -136,6 +137,7 @@ def _sweep(
         batch=args.batch,
         seed=args.seed,
         options=call,
+        stock=_stock(args.stock),
         features=args.features,
         weights=args.weights,
         clip=None if clip == "none" else clip,

@@ -50,7 +50,7 @@ def test_the_embedded_models(name, tmp_path, capsys):
     assert all(bool(r["clip"]) == (name != "tiny-pixel") for r in data["rows"])
     assert data["model"]["options"].get("guidance_scale") == (None if name == "tiny-pixel" else 4.0)
     names = {r["name"] for r in data["rows"]}
-    assert ("flow Euler, all sigmas" in names) == (name == "tiny-flow") and {"DPM++ 2M", "UniPC"} <= names
+    assert ("flow Euler with all sigmas" in names) == (name == "tiny-flow") and {"DPM++ 2M", "UniPC"} <= names
     assert main(["eval", "report", str(tmp_path / "out")]) == 0
 
 
@@ -59,6 +59,7 @@ def test_the_embedded_models(name, tmp_path, capsys):
     [
         (("--schedulers", "unipcc"), "unknown scheduler 'unipcc'. Did you mean 'unipc'?"),
         (("--schedulers", "unipc:ordre=3"), "ordre"),
+        (("--stock", "Uni"), "unknown stock scheduler 'Uni'. Did you mean 'UniPC'? Known: DPM++ 2M, UniPC, own"),
         (("--calls", "five"), "budgets are written"),
         (("--prompts", "nowhere.txt"), "nowhere.txt: cannot read the prompts"),
         (("--threads", "0"), "--threads is 1 or more"),

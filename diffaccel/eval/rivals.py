@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 
 from ..drive import calls_near, plain_config
-from ..errors import OptionError
+from ..errors import OptionError, one_of
+
+RAMP = "flow Euler with all sigmas"
 
 
 @dataclass(frozen=True)
@@ -69,19 +71,25 @@ def _flow(config: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
     }
 
 
-def rivals(scheduler: Any, takes_sigmas: bool) -> tuple[list[Setting], list[str]]:
-    """The settings that are in every sweep, and a note for each that this model's config does not admit.
+def rivals(scheduler: Any, takes_sigmas: bool, stock: bool | Sequence[str]) -> tuple[list[Setting], list[str]]:
+    """The stock settings of a sweep, and a note for each that is not there.
 
-    scheduler: the pipeline's own. takes_sigmas: whether its call takes `sigmas`.
+    scheduler: the pipeline's own. takes_sigmas: whether its call takes `sigmas`. stock: False: none; names: these.
     """
-    config, notes = scheduler.config, []
-    found = [Setting(f"{type(scheduler).__name__} (own)", scheduler)]
+    config = scheduler.config
+    made: dict[str, Callable[[], Any]] = {f"{type(scheduler).__name__} (own)": lambda: scheduler}
     flow = is_flow(config)
     if flow and takes_sigmas and type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
-        found.append(Setting("flow Euler, all sigmas", scheduler, ramp=True))
-    for name, make in (_flow(config) if flow else _vp(config)).items():
+        made[RAMP] = lambda: scheduler
+    made |= _flow(config) if flow else _vp(config)
+    short = {"own" if n.endswith("(own)") else n: n for n in made}
+    chosen = set(made) if stock is True else {short[one_of("stock scheduler", n, short)] for n in stock or ()}
+    left = [n for n in made if n not in chosen]
+    notes = [f"stock schedulers left out on request: {', '.join(left)}"] if left else []
+    found = []
+    for name in (n for n in made if n in chosen):
         try:
-            found.append(Setting(name, make()))
+            found.append(Setting(name, made[name](), ramp=name == RAMP))
         except Exception as error:  # whatever diffusers says of a config that this class cannot read
             notes.append(f"{name} is left out: {str(error).splitlines()[0]}")
     return found, notes

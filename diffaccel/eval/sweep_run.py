@@ -49,7 +49,7 @@ def sweep(
     features: Any = None,
     weights: Any = None,
     clip: str | None = clip_metric.DEFAULT,
-    stock: bool = True,
+    stock: bool | Sequence[str] = True,
     teacher: Any = None,
     teacher_calls: int = 100,
     teacher_images: int = 512,
@@ -77,7 +77,8 @@ def sweep(
         options: further arguments of the pipeline's call (guidance_scale, height, ...).
         features, weights: the feature network of FID; default: the reference's.
         clip: model of the CLIP score; None: no CLIP score. Without text prompts there is none.
-        stock: whether the schedulers of diffusers are added. Without any stock row there is no verdict.
+        stock: which schedulers of diffusers are added: True: all; names ("own", "DPM++ 2M", "UniPC", "flow Euler with
+            all sigmas"); False: none, and then no verdict.
         teacher: a deterministic scheduler; default: diffusers' second-order solver.
         teacher_calls: its budget (and half of it, to see its own error). 0: no teacher, no paired errors.
         teacher_images: the first so many images are compared with it.
@@ -172,9 +173,9 @@ def _check(calls: Sequence[int], images: int, block: int, batch: int, teacher_ca
 
 
 def _settings(
-    pipe: Any, schedulers: Mapping[str, Any], stock: bool, takes_sigmas: bool
+    pipe: Any, schedulers: Mapping[str, Any], stock: bool | Sequence[str], takes_sigmas: bool
 ) -> tuple[list[Setting], list[str]]:
-    found, notes = rivals(pipe.scheduler, takes_sigmas) if stock else ([], ["stock schedulers were not asked for"])
+    found, notes = rivals(pipe.scheduler, takes_sigmas, stock)
     for name, scheduler in schedulers.items():
         if name in {s.name for s in found} or name == "teacher":
             raise OptionError(f"a scheduler cannot be called {name!r}: that row is in every sweep")

@@ -325,6 +325,14 @@ def test_a_reference_of_images_is_measured_once(pipe, tmp_path):
     assert plain(report(tmp_path / "out", features=Means()).folder / "report.json")["features"] == "means"
 
 
+def test_fewer_stock_rows_are_noted(pipe, tmp_path):
+    few = {"teacher_calls": 0, "reference": None, "images": 4}
+    found = sweep(pipe, {}, [2], models.prompts(4), out=tmp_path / "out", **{**SMALL, **few, "stock": ["own", "UniPC"]})
+    assert [r["name"] for r in found.data["rows"]] == ["DDIMScheduler (own)"] * 1 + ["UniPC"] * 1
+    assert found.data["notes"][0] == "stock schedulers left out on request: DPM++ 2M"
+    assert found.data["fid_label"] and all(r["fid"] is None for r in found.data["rows"])
+
+
 def test_blocks_are_dealt_so_that_a_partial_run_can_be_compared(pipe, tmp_path, monkeypatch):
     seen = counted_blocks(monkeypatch)
     run(pipe, tmp_path / "out", teacher_calls=0)
