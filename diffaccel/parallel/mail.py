@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ class About:
 
 @dataclass
 class Traffic:
-    """What one rank received, by kind. Bytes are those of the tensors, without headers.
+    """What one rank received, by kind. Bytes are those of the tensors, without headers; they count when they are sent.
 
     Attributes:
         bytes, messages: received from other ranks.
@@ -44,11 +45,11 @@ class Traffic:
     messages: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def count(self, about: About, tensors: Sequence[torch.Tensor | None]) -> None:
-        """Add what was received."""
-        for x in tensors:
-            if x is not None:
-                self.bytes[about.kind] += x.numel() * x.element_size()
+    def count(self, about: About, shapes: Sequence[Shape | None], like: torch.Tensor) -> None:
+        """Add what a call will receive."""
+        for shape in shapes:
+            if shape is not None:
+                self.bytes[about.kind] += math.prod(shape) * like.element_size()
                 self.messages[about.kind] += 1
 
     def clear(self) -> None:
@@ -94,7 +95,8 @@ class GroupMail:
         lost: Callable[[Exception], Exception],
     ) -> None:
         self._shapes, self._about, self._traffic, self._watch, self._lost = shapes, about, traffic, watch, lost
-        self._sizes = [0 if s is None else torch.Size(s).numel() for s in shapes]
+        self._sizes = [0 if s is None else math.prod(s) for s in shapes]
+        traffic.count(about, shapes, like)
         out = [0 if p is None else p.numel() for p in parts]
         flat = [p.reshape(-1) for p in parts if p is not None]
         self._out = torch.cat(flat) if flat else like.new_empty(0)
@@ -117,6 +119,4 @@ class GroupMail:
             raise self._lost(error) from error
         self._traffic.seconds[self._about.kind] += time.perf_counter() - start
         parts = self._in.split(self._sizes)
-        found = [None if s is None else x.view(s) for x, s in zip(parts, self._shapes)]
-        self._traffic.count(self._about, found)
-        return found
+        return [None if s is None else x.view(s) for x, s in zip(parts, self._shapes)]

@@ -130,7 +130,7 @@ class PatchHook(ModelHook):
         )
         self.tally.calls += 1
         self.tally.late += late
-        if self.world.device.type != "cpu":
+        if self.world.device.type not in ("cpu", "meta"):
             self._event = torch.Event(self.world.device.type)
             self._event.record()
         return outputs[0]
@@ -146,6 +146,7 @@ class PatchHook(ModelHook):
                 raise OptionError(
                     "modules of the denoiser changed since it was wrapped (a LoRA?): remove() and wrap again"
                 )
+        self._same_device(sample.device)
         self._agree(arguments, sample)
         self._ordinal = self._ordinal + 1 if now == self._time else 0
         self._time = now
@@ -238,6 +239,13 @@ class PatchHook(ModelHook):
                 f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}. Their attention does not pass through "
                 "torch's scaled_dot_product_attention exactly once: set the 'native' attention backend and the default "
                 "attention processors, and take image prompts off"
+            )
+
+    def _same_device(self, here: torch.device) -> None:
+        wanted = self.world.device
+        if here.type != wanted.type or (None not in (here.index, wanted.index) and here.index != wanted.index):
+            raise OptionError(
+                f"the denoiser is called on {here}, but rank {self.world.rank} has {wanted}: use pipe.to()"
             )
 
     def _agree(self, arguments: dict[str, Any], sample: torch.Tensor) -> None:

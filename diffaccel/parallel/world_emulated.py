@@ -76,6 +76,7 @@ class EmulatedWorld(Context):
     ) -> Mail:
         rank, number = self.rank, self._sent[self.rank]
         self._sent[rank] += 1
+        self.traffics[rank].count(about, shapes, like)
         with self._news:
             for other, part in enumerate(parts):
                 if part is not None:
@@ -150,5 +151,4 @@ class _Letters:
         if wrong:
             raise WorldError(f"rank {self._rank} got another shape from ranks {wrong} than it expected ({self._about})")
         traffic.seconds[self._about.kind] += time.perf_counter() - start
-        traffic.count(self._about, found)
         return found
