@@ -12,6 +12,7 @@ from .presets import (
     TimeShiftScheduler,
     UniPCScheduler,
 )
+from .staged import StagedScheduler
 from .table_scheduler import TableScheduler, TableSchedulerOutput
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "FittedScheduler",
     "GHVBScheduler",
     "RestartScheduler",
+    "StagedScheduler",
     "TableScheduler",
     "TableSchedulerOutput",
     "TimeShiftScheduler",
