@@ -40,8 +40,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         p.add_argument("--offload", choices=("none", "model", "sequential"), default="none", help="of diffusers")
         p.add_argument("--threads", type=int, default=1, metavar="T", help="CPU threads a process (default 1)")
         p.add_argument("--cpu", action="store_true", help="stay on the CPU")
-        if kind != "ems":
-            p.add_argument("--calls", type=int, nargs="+", metavar="N", help="numbers of model calls")
+        p.add_argument("--calls", type=int, nargs="+", metavar="N", help="numbers of model calls")
         if kind == "dc":
             p.add_argument("--sampler", metavar="NAME", help="unipc (default), dpmpp or ddim")
             p.add_argument("--grid", metavar="NAME", help="where the nodes are placed (default: the checkpoint's)")
