@@ -93,7 +93,7 @@ class Clock:
         """
         scheduler = self.scheduler()
         timesteps = getattr(scheduler, "timesteps", None)
-        if not isinstance(timesteps, torch.Tensor) or getattr(scheduler, "num_inference_steps", 0) is None:
+        if not isinstance(timesteps, torch.Tensor) or getattr(scheduler, "num_inference_steps", None) is None:
             raise RunError(
                 f"the model is called, but {type(scheduler).__name__} has no run (set_timesteps was not called). Is "
                 "another pipeline using this denoiser? That needs a scheduler of diffaccel in each of them."

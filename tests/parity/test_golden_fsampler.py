@@ -16,7 +16,10 @@ from diffaccel.core.node import Node
 from diffaccel.core.path import Nodes
 from diffaccel.core.path import Path as NoisePath
 from diffaccel.core.pattern import parse
+from diffaccel.core.prediction import Prediction, convert
 from diffaccel.samplers.registry import get
+from diffaccel.samplers.rewrite import rewritten
+from diffaccel.samplers.skip import skip
 
 pytestmark = pytest.mark.golden
 FOLDER = "fsampler"
@@ -176,6 +179,29 @@ def test_run(path):
     if "gate" in data and len(data["gate"]):
         errors = [np.nan if error is None else error for _, _, _, error in policy.decisions]
         np.testing.assert_allclose(errors, data["gate"][:, 2], rtol=0, atol=1e-6)
+
+
+def static(path):
+    settings = json.loads(str(golden_data.load(path)["settings"]))
+    return parity(path) and settings["skip_mode"] != "adaptive" and settings.get("adaptive_mode", "none") == "none"
+
+
+@pytest.mark.parametrize("path", [p for p in RUNS if static(p)], ids=golden_data.name)
+def test_merged_table(path):
+    """The compiled run: a row for each real call, and the authors' states at each of them."""
+    data, settings, nodes, model = run_of(path)
+    predictor = predictor_of(settings)
+    protect = (settings["protect_first_steps"], settings["protect_last_steps"])
+    part = skip(settings["skip_mode"], quantity=predictor.quantity, coordinate=predictor.coordinate, protect=protect)
+    table = rewritten("ddim", part).trace(nodes)
+    assert len(table) == data["evaluations"]
+
+    def predict(x, node, space):
+        return convert(Prediction(model(x, node)), space, x, node)
+
+    states = table.apply(data["x"][0], predict, trajectory=True)
+    wanted = [*data["x"][:-1][data["real"]], data["x"][-1]]
+    np.testing.assert_allclose(np.stack(states), np.stack(wanted), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(
