@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -72,3 +74,11 @@ def test_wrong_commands(tmp_path, capsys, more, message):
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
     assert main(["eval", "report", str(tmp_path / "none")]) == 2
+
+
+def test_the_example(tmp_path, capsys, monkeypatch):
+    script = Path(__file__).resolve().parents[1] / "examples" / "sweep.py"
+    options = ["--images", "8", "--calls", "3", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", [str(script), *options])
+    runpy.run_path(str(script), run_name="__main__")
+    assert "index.html" in capsys.readouterr().out and (tmp_path / "out" / "index.html").exists()

@@ -1,0 +1,127 @@
+"""Quality against model calls on the embedded models: stock schedulers and ours, the same seeds in every row.
+
+    python benchmarks/bench_sweep.py                                                    # a small one, to see it work
+    python benchmarks/bench_sweep.py --models tiny-sd --images 2000 --calls 5,8,10,20 --work runs --out docs/results
+
+The folder of --work keeps what is finished: a stopped run goes on with the same command, also by many processes
+(torchrun --nproc-per-node P benchmarks/bench_sweep.py ...). With --out, sweep_<model>.md and .json are written there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from diffaccel.cli import main
+from diffaccel.eval.page import cell_values
+from diffaccel.eval.report_run import Report
+from diffaccel.eval.verdicts import number, summaries
+
+# One of ours for all budgets (what `diffaccel demo` uses at 8 calls), and stock ones that are strong on this model.
+OURS = {
+    "tiny-sd": "deis:order=2:grid=karras:grid_options={'rho': 4.0}",
+    "tiny-flow": "ipndm:order=2:grid=mid:grid_options={'w': 0.3}",
+    "tiny-pixel": "deis:order=2:grid=karras:grid_options={'rho': 4.0}",
+}
+STOCK = {
+    "tiny-sd": ("own,DPM++ 2M", "DEISMultistepScheduler:use_karras_sigmas=true"),
+    "tiny-flow": ("own,flow Euler with all sigmas,UniPC", ""),
+    "tiny-pixel": ("own,DPM++ 2M", "DEISMultistepScheduler:use_karras_sigmas=true"),
+}
+
+
+def run(model: str, args: argparse.Namespace, work: Path) -> Report:
+    stock, more = STOCK[model]
+    given = ["eval", "sweep", model, "--schedulers", ",".join(filter(None, [OURS[model], more])), "--stock", stock]
+    given += ["--calls", args.calls, "--images", str(args.images), "--batch", str(args.batch), "--cpu"]
+    given += ["--teacher-images", str(args.teacher_images), "--out", str(work / model)]
+    if main(given):
+        raise SystemExit(f"the sweep of {model} failed")
+    return Report.read(work / model)
+
+
+def page(model: str, args: argparse.Namespace, data: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    about, where = data["model"], data["environment"]
+    lines = [
+        f"# Sweep of {model}",
+        "",
+        f"Measured by `python benchmarks/bench_sweep.py --models {model} --images {args.images} --calls {args.calls}"
+        f" --batch {args.batch} --teacher-images {args.teacher_images}` with diffusers {where['diffusers']}, torch "
+        f"{where['torch']}. {data['images']} images a row, the same seeds and prompts in every row; "
+        f"{', '.join(f'{k} {v}' for k, v in about['options'].items()) or 'class labels, no guidance'}. "
+        f"{data['fid_label']}, corrected for the bias of few images. Weights {about['weights'][:12]}. Seconds were "
+        "measured on a shared machine: only their order of size counts.",
+        "",
+        *_separation(data),
+        "## Verdicts",
+        "",
+        "Against the best stock row with the same calls, paired image by image, 95 % intervals, Holm's correction.",
+        "",
+        *(f"- {s['text'].replace('no benefit found', '**no benefit found**')}" for s in summaries(data["verdicts"])),
+        "",
+        "Each metric:",
+        "",
+        *(f"- {v['text']}" for v in data["verdicts"]),
+        "",
+        "## All rows",
+        "",
+        "| scheduler | calls | images | FID | 95 % | PSNR, dB | SSIM | latent error | CLIP score | s / image |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        v = cell_values(row)
+        cells = [number(v[k]) for k in ("psnr", "ssim", "latent", "clip", "seconds")]
+        span = f"[{number(v['fid_low'])}, {number(v['fid_high'])}]"
+        lines.append(
+            f"| {v['name']} | {v['calls']} | {v['images']} | {number(v['fid'])} | {span} | {' | '.join(cells)} |"
+        )
+    gap = data["teacher_gap"]
+    lines += ["", f"The teacher's own error: {gap}." if gap else "", *(f"- {n}" for n in data["notes"])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _separation(data: dict[str, Any]) -> list[str]:
+    lines = ["## Do the budgets separate?", "", "| scheduler | calls | FID better by | z | PSNR, dB | CLIP score |"]
+    lines.append("|---|---|---|---|---|---|")
+    for one in data["separation"]:
+        cells = []
+        for metric in ("fid", "psnr", "clip"):
+            d = one[metric]
+            cells.append("" if d is None else f"{number(d['better_by'])} [{number(d['low'])}, {number(d['high'])}]")
+        z = "" if one["fid"] is None else number(one["fid"]["z"])
+        head = f"| {one['name']} | {one['calls']} against {one['against']} | "
+        lines.append(f"{head}{cells[0]} | {z} | {cells[1]} | {cells[2]} |")
+    return [*lines, ""]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["tiny-sd"], choices=list(OURS))
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--calls", default="5,8")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--teacher-images", type=int, default=16)
+    parser.add_argument("--work", help="folder of the sweeps (default: a temporary one)")
+    parser.add_argument("--out", help="folder for sweep_<model>.md and .json")
+    return parser.parse_args()
+
+
+def bench() -> None:
+    args = parse()
+    with tempfile.TemporaryDirectory() as temporary:
+        for model in args.models:
+            report = run(model, args, Path(args.work or temporary))
+            if args.out and os.environ.get("RANK", "0") == "0":
+                out = Path(args.out)
+                (out / f"sweep_{model}.md").write_text(page(model, args, report.data), encoding="utf-8")
+                slim = {k: v for k, v in report.data.items() if k != "command"}
+                (out / f"sweep_{model}.json").write_text(json.dumps(slim, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    bench()
