@@ -17,7 +17,7 @@ from .linear import Coef, as_coef
 QUADRATURES = ("exponential", "trapezoid")
 TERMS = 4  # powers of (u - lam_s) that are integrated: interpolation of up to four predictions
 OVERHANG = 0.02  # of the range of lam: how far outside of it the statistics may be asked for
-SMOOTH = 0.25  # largest change of L and S over a cell; Gauss's four points are then exact to 1e-14
+SMOOTH = 0.16  # largest change of L and S over a cell; Gauss's four points are then exact to 1e-13
 KEPT = 256  # steps whose integrals are remembered, for the next set_timesteps
 
 _X, _W = np.polynomial.legendre.leggauss(4)
