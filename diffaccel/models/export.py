@@ -232,6 +232,8 @@ def ship(out: Path, target: Path) -> None:
     for file in (target / "tiny-vae").glob("*"):
         if file.name != "receipt.json":
             file.unlink()
+    for stale in target.glob("*/acceptance.json"):
+        stale.unlink()
     for file in (out / "check").glob("*.json"):
         if json.loads(file.read_text())["weights"] == _digest(target / file.stem):
             shutil.copy(file, target / file.stem / "acceptance.json")
