@@ -6,7 +6,7 @@ import argparse
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from ..errors import OptionError
+from ..errors import OptionError, no_leftover
 
 if TYPE_CHECKING:
     from ..artifact import Artifact
@@ -77,6 +77,8 @@ def _calibrate(args: argparse.Namespace, world: World) -> Artifact:
             options[name] = getattr(args, name)
     if args.guidance is not None:
         options["guidance"] = args.guidance if len(args.guidance) > 1 else args.guidance[0]
+    if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        no_leftover(f"calibrate {args.kind}", options, set(known) - {"pipe", "prompts", "out", "batch", "seed"})
     if world.size > 1:
         if "world" not in known:
             raise OptionError(f"calibrate {args.kind} runs in one process, not in {world.size}")
