@@ -183,7 +183,9 @@ def switched(
         return made
 
     lost: tuple[float | None, float | None] = (None, None)
-    if settings.transition == "renoise":
+    if size == low and settings.transition == "aligned" and not run.legs[k + 1].raised:
+        out = x  # nothing changes; no transform, no rounding
+    elif settings.transition == "renoise":
         clean = resized(x / before.alpha, size, settings.resize)
         out = after.alpha * clean + after.sigma * idct(draw(tuple(clean.shape))).to(x.dtype)
     else:

@@ -8,10 +8,11 @@ import golden_data
 import numpy as np
 import pytest
 import torch
+from staged_field import Field, run_field, unit_noise, unit_start
 
 from diffaccel.core.stages import Spectrum, Stage, level, missing, ratio, shifted_times, switch_time
 from diffaccel.schedulers import TableScheduler
-from diffaccel.schedulers.resize import Memory, dct, idct, packed, transition, unpacked
+from diffaccel.schedulers.resize import Memory, dct, packed, transition, unpacked
 from diffaccel.schedulers.staged import StagedScheduler
 
 FOLDER = "staged"
@@ -99,40 +100,12 @@ def test_packing(path):
 
 
 # ---------------------------------------------------------------------- whole runs on the exact Gaussian field
-class Field:
-    """The exact denoiser of a Gaussian field at every size, on states made of independent noises.
-
-    A state (K, H, W) holds in its K images the coefficients of K independent unit noises (the start's, and one for
-    each transition that draws), mode by mode; the model and every solver are linear, so that nothing is random.
-    """
-
-    def __init__(self, power):
-        self.power = power
-
-    def clean(self, x, t):
-        h, w = x.shape[-2:]
-        p = h * w / self.power.size * self.power[:h, :w]
-        return torch.from_numpy((1 - t) * p / ((1 - t) ** 2 * p + t**2)) * x
-
-
 def staged(stages, solver, settings, **options):
     h, w, a, beta = settings["field"]
     base = TableScheduler(path="flow", sampler=solver, check_finite="never")
     made = [Stage(s, n, t_end=t or None, shift=shift).to_config() for s, n, t, shift in stages]
     spectrum = {"a": a, "beta": beta, "height": int(h), "width": int(w)}
     return StagedScheduler(base_config=dict(base.config), stages=made, spectrum=spectrum, **options)
-
-
-def run_field(scheduler, field, start):
-    """The result's coefficients. States are kept as latents; each image of the batch is one independent noise."""
-    scheduler.set_timesteps(scheduler.num_inference_steps)
-    x = start
-    for i in range(scheduler.num_inference_steps):
-        scheduler.resize_to(tuple(field.power.shape))
-        t, seen = scheduler.run.time, scheduler.shrunk(x) if i == 0 else x
-        x0 = idct(field.clean(dct(seen), t))
-        x = scheduler.step((seen - x0) / t, None, x, return_dict=False)[0]
-    return dct(x)[:, 0].numpy()
 
 
 def settings_of(path):
@@ -154,21 +127,8 @@ def test_variance_of_every_mode(path, key, monkeypatch):
     data, settings = golden_data.load(path), settings_of(path)
     stages = settings["stages"][name]
     scheduler = staged(stages, "dpmpp", settings, fill=fill, history=history)
-    full = data["P"].shape
-    start = torch.zeros(len(stages), 1, *full, dtype=torch.float64)
-    start[0] = idct(torch.ones(1, *full, dtype=torch.float64))
-    draws = iter(range(1, len(stages)))
-
-    def unit(seeds, device):
-        def draw(shape):
-            z = torch.zeros(shape, dtype=torch.float64)
-            z[next(draws)] = 1.0
-            return z
-
-        return draw
-
-    monkeypatch.setattr("diffaccel.schedulers.staged_run.drawer", unit)
-    gains = run_field(scheduler, Field(data["P"]), start)
+    unit_noise(monkeypatch)
+    gains = run_field(scheduler, Field(data["P"]), unit_start(len(stages), data["P"].shape))
     np.testing.assert_allclose((gains**2).sum(0), data[key], rtol=EXACT, atol=EXACT)
 
 
