@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -150,6 +152,10 @@ class Fitting:
             self._learn(f"teacher/{k}", group, gram=True)
         for k, group in enumerate(batches(self.held, self.runner.batch)):
             self._learn(f"held/{k}", group, gram=False)
+        for n, image in self.teacher.images.items():
+            twin = next((m for m in range(n) if np.array_equal(self.teacher.images[m], image)), None)
+            if twin is not None:
+                raise OptionError(f"inputs {twin} and {n} start from the same noise (the same seed?): they must differ")
 
     def _learn(self, name: str, group: list[int], *, gram: bool) -> None:
         size = len(self.teacher.nodes) - 1
@@ -212,18 +218,21 @@ class Fitting:
         groups = self.groups if self.plan.channels else ()
         candidates = self._candidates(calls)
         self.again([k for chosen in candidates.values() for k in chosen])
-        scores = {name: self.validated(chosen, groups) for name, chosen in candidates.items()}
+        moves = self.plan.moves if self.keeps else 0
+        compared = len(candidates) > 1 or moves or (groups and self.plan.channels == "auto")
+        scores = {n: self.validated(chosen, groups) if compared else math.nan for n, chosen in candidates.items()}
         name = min(scores, key=lambda n: scores[n])
         chosen, best = candidates[name], scores[name]
-        report: dict[str, Any] = {"grid": name, "candidates": {k: float(f"{v:.4g}") for k, v in scores.items()}}
+        report: dict[str, Any] = {"grid": name}
+        if len(scores) > 1:
+            report["candidates"] = {k: float(f"{v:.4g}") for k, v in scores.items()}
         if groups and self.plan.channels == "auto":
             alike = self.validated(chosen, ())
             report["one coefficient for all channels"] = float(f"{alike:.4g}")
             groups, best = ((), alike) if alike <= best else (groups, best)
-        if self.plan.moves and self.keeps:
-            chosen, moved, tried = descend(
-                chosen, best, lambda c: self.validated(c, groups), self.teacher.gram.size, self.plan.moves
-            )
+        if moves:
+            score = partial(self.validated, groups=groups)
+            chosen, moved, tried = descend(chosen, best, score, self.teacher.gram.size, moves)
             report["moved nodes"] = {"from": float(f"{best:.4g}"), "to": float(f"{moved:.4g}"), "tried": tried}
         nodes = self.teacher.at(chosen)
         w = self._rows(self.inputs, chosen, groups)
@@ -248,9 +257,8 @@ class Fitting:
         target = self.teacher.target(chosen)
 
         def compute() -> Tensors:
-            return {
-                "w": fit_rows(self.runner, inputs, nodes, target, order=plan.order, ridge=plan.ridge, groups=groups)
-            }
+            options: dict[str, Any] = {"order": plan.order, "ridge": plan.ridge, "groups": groups}
+            return {"w": fit_rows(self.runner, inputs, nodes, target, **options)}
 
         return self.memo(f"rows/{_key(chosen, groups)}/{inputs[0]}-{inputs[-1]}", compute)["w"]
 

@@ -79,6 +79,8 @@ class Piped:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.batch = engine, engine.batch
+        drop = ("sampler", "sampler_options", "artifact", "rewrite", "policy")
+        self._config = {k: v for k, v in engine.pipe.scheduler.config.items() if k not in drop}
         self.reading = read(engine.pipe.scheduler.config)
         self.path = self.reading.path
 
@@ -90,7 +92,7 @@ class Piped:
 
     def run(self, inputs: Sequence[int], nodes: Nodes, step: Step, *, precise: bool = False) -> None:
         """See `fit_run.Runner`."""
-        scheduler = Steered(**{**self.reading.settings, "sampler": "ddim"})
+        scheduler = Steered.from_config(self._config, sampler="ddim")
         scheduler.given, scheduler.take, scheduler.precise = nodes, step, precise
         with suppress(_Enough):
             self.engine.run(self.group(inputs), scheduler, len(nodes) - 1)

@@ -178,7 +178,7 @@ def descend(
     Returns:
         (indices, score, how many were scored).
     """
-    found, tried = list(chosen), 0
+    found, seen = list(chosen), {tuple(chosen)}
     for distance in _distances(found, size):
         better = True
         while better:
@@ -186,14 +186,15 @@ def descend(
             for i, by in product(range(1, len(found)), (distance, -distance)):
                 moved = [*found[:i], found[i] + by, *found[i + 1 :]]
                 ends = [*moved, size]
-                if not ends[i - 1] < ends[i] < ends[i + 1]:
+                if tuple(moved) in seen or not ends[i - 1] < ends[i] < ends[i + 1]:
                     continue
-                if tried == most:
-                    return found, best, tried
-                value, tried = score(moved), tried + 1
+                if len(seen) > most:
+                    return found, best, most
+                seen.add(tuple(moved))
+                value = score(moved)
                 if value < (1 - GAIN) * best:
                     found, best, better = moved, value, True
-    return found, best, tried
+    return found, best, len(seen) - 1
 
 
 def _distances(chosen: Sequence[int], size: int) -> list[int]:

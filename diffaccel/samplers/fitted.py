@@ -119,12 +119,11 @@ class Tables:
 
 
 def placed(nodes: Nodes, options: Options) -> Nodes:
-    """The artifact's nodes for as many calls."""
+    """The artifact's nodes for as many calls; the last nodes of one of its tables stay."""
     tables = options["tables"]
-    if tables is None:
+    if tables is None or any(rows.holds(nodes) for rows in _checked(tables).budgets.values()):
         return nodes
-    rows = _checked(tables).rows(len(nodes) - 1)
-    return nodes if rows.holds(nodes) else Nodes(rows.nodes(nodes.path.end), nodes.path)
+    return Nodes(tables.rows(len(nodes) - 1).nodes(nodes.path.end), nodes.path)
 
 
 def _checked(tables: Any) -> Tables:

@@ -28,7 +28,7 @@ from .feed import is_fed
 from .from_config import BETA_KEYS, check, output_of, path_of
 from .guards import check_finite, first_call, numbers, only_neutral, output_for, state_for
 from .part_options import with_part
-from .plan import edited, plan
+from .plan import edited, plan, refuse_nodes
 from .policy import POLICIES, policy_of, target_of
 from .registration import public, register_library
 from .run import PerThread, Run, advance
@@ -189,6 +189,8 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         made.register_to_config(**foreign)
         if not isinstance(config, FrozenDict):  # a config read from a file has no list of defaults; ours then has none
             made._internal_dict = FrozenDict({k: v for k, v in made.config.items() if k != "_use_default_values"})
+        if {"grid", "grid_options"} & set(kwargs):
+            refuse_nodes(*made._sampler(), "grid")
         if pipe is not None and made.artifact is not None:
             check_model(made.artifact, pipe, strict=strict is not False)
         elif pipe is not None or strict is not None:
