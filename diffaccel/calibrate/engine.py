@@ -6,13 +6,11 @@ adapters, offloading, half precision) is in what is captured: the model output a
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
@@ -20,20 +18,15 @@ import torch
 from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialize
 
-from ..artifact import Artifact
 from ..core.node import Node
 from ..core.path import Nodes, Path
 from ..drive import Driver, denoiser
 from ..errors import OptionError, RunError
 from ..parallel.protocol import SoloWorld, World
-from ..samplers.registry import get
-from ..schedulers import TableScheduler
 from ..schedulers.guards import output_for
-from ..schedulers.plan import run_on
-
-EVERY = 60.0  # seconds between writes of the state that a stopped calibration goes on from
-
-Tensors = dict[str, np.ndarray]
+from .captured import Captured as Captured
+from .checkpoint import Checkpoint
+from .checkpoint import Tensors as Tensors
 
 
 @dataclass(frozen=True)
@@ -48,140 +41,6 @@ class Batch:
         return len(self.seeds)
 
 
-See = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
-
-
-class Captured(TableScheduler):
-    """A `TableScheduler` that shows each call, and can run on given nodes whatever the pipeline asks for.
-
-    Build with `Captured.of`. `see(i, sample, output, state)` is told call i, the state that the model saw, its output
-    and the next state, as the pipeline handed them over. Not to be saved with a pipeline.
-    """
-
-    _given: Nodes | None = None
-    _see: See | None = None
-    _own_noise = True
-
-    @classmethod
-    def of(
-        cls,
-        config: Mapping[str, Any],
-        sampler: str,
-        options: Mapping[str, Any] | None = None,
-        *,
-        see: See | None = None,
-        nodes: Nodes | None = None,
-        own_noise: bool = True,
-        **settings: Any,
-    ) -> Captured:
-        """See the class.
-
-        Args:
-            config: of the pipeline's scheduler.
-            sampler, options: as in `TableScheduler`; an option may be calibrated data itself.
-            see: told of each call.
-            nodes: N + 1 nodes to run on; None: the scheduler's grid.
-            own_noise: whether the pipeline makes its start noise; False where it is handed the state itself.
-            settings: further arguments of `from_config` (grid, grid_options, final_sigmas_type).
-        """
-        given, takes = dict(options or {}), get(sampler).calibrated
-        data = {}
-        if takes is not None:
-            name = takes.option
-            data = {name: given.pop(name, get(sampler).defaults[name])}
-            settings[name] = get(sampler).defaults[name]
-        drop = {"sampler", "sampler_options", "artifact", "rewrite", "policy"}
-        own = {k: v for k, v in config.items() if k not in drop}
-        made: Captured = cls.from_config(own, sampler=sampler, **given, **settings)
-        made._filled, made._given, made._see, made._own_noise = data, nodes, see, own_noise
-        return made
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: Any = None,
-        timesteps: Any = None,
-        mu: float | None = None,
-    ) -> None:
-        """Begin a run: on the given nodes, where there are, else as the pipeline asks."""
-        if self._given is None:
-            return super().set_timesteps(num_inference_steps, device, sigmas, timesteps, mu)
-        sampler, options = self._sampler()
-        self._runs.set(run_on(self._given, sampler, options, len(self._given) - 1, device))
-
-    @property
-    def nodes(self) -> Nodes:
-        """The nodes of the last run."""
-        return self._runs.need().grid
-
-    @property
-    def init_noise_sigma(self) -> float:
-        """As for the sampler; 1 where the pipeline is handed the state itself."""
-        return super().init_noise_sigma if self._own_noise else 1.0
-
-    def step(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `TableScheduler.step`."""
-        done = super().step(model_output, timestep, sample, *args, **kwargs)
-        if self._see is not None:
-            state = done[0] if isinstance(done, tuple) else done.prev_sample
-            self._see(int(self.step_index or 0) - 1, sample, model_output, state)
-        return done
-
-
-# ---------------------------------------------------------------------- what a stopped calibration goes on from
-class Checkpoint:
-    """State on disk, written at most once a minute and removed at the end.
-
-    Args:
-        path: of the file; None keeps nothing.
-        settings: everything that the result depends on (JSON); a file of other settings is refused.
-
-    Attributes:
-        arrays: name -> array.
-        notes: JSON values.
-
-    Raises:
-        OptionError: a file that belongs to another calibration.
-        ArtifactError: a damaged file.
-    """
-
-    def __init__(self, path: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
-        self.path = None if path is None else FilePath(path)
-        self.settings = json.loads(json.dumps(settings))
-        self.arrays: Tensors = {}
-        self.notes: dict[str, Any] = {}
-        self._written = time.monotonic()
-        if self.path is None or not self.path.exists():
-            return
-        found = Artifact.load(self.path, "partial")
-        theirs = found.meta["settings"]
-        if theirs != self.settings:
-            differ = [k for k in {**theirs, **self.settings} if theirs.get(k) != self.settings.get(k)]
-            raise OptionError(
-                f"{self.path} was left by another calibration ({', '.join(sorted(differ))} differ); finish that one, "
-                "delete the file, or write to another --out"
-            )
-        self.arrays, self.notes = dict(found.tensors), dict(found.meta["notes"])
-
-    def tick(self) -> None:
-        """Write if a minute has passed."""
-        if time.monotonic() - self._written >= EVERY:
-            self.save()
-
-    def save(self) -> None:
-        """Write now."""
-        if self.path is not None:
-            Artifact("partial", self.arrays, {"settings": self.settings, "notes": self.notes}).save(self.path)
-        self._written = time.monotonic()
-
-    def remove(self) -> None:
-        """The calibration is finished."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------- the engine
 class Engine:
     """Runs one pipeline for a calibration.
 

@@ -219,16 +219,6 @@ def _listed(name: str, ratios: Any, calls: int) -> list[float]:
     return listed
 
 
-def _calibrated(name: str) -> Calibrated:
-    return Calibrated(
-        kind="dc",
-        option="ratios",
-        read=Ratios.of,
-        command=f"diffaccel calibrate dc MODEL --sampler {name} --calls 5 8 10 --out dc.safetensors",
-        without="or pass ratios='none' for the sampler without compensation.",
-    )
-
-
 # ---------------------------------------------------------------------- the rewriter
 OPTIONS = {"dc_order": 2, "ratios": "none", "cpr": False, "guidance": None}
 

@@ -11,10 +11,11 @@ from mixture_pipe import mixture_pipe
 
 from diffaccel import calibrate, models
 from diffaccel.artifact import Artifact
-from diffaccel.calibrate import engine as engine_module
+from diffaccel.calibrate import checkpoint
+from diffaccel.calibrate.captured import Captured
 from diffaccel.calibrate.cpr import fit_cpr
-from diffaccel.calibrate.dc import Search, Student, refined, teacher_states
-from diffaccel.calibrate.engine import Captured, Engine
+from diffaccel.calibrate.dc_search import Search, Student, refined, teacher_states
+from diffaccel.calibrate.engine import Engine
 from diffaccel.core.grid import nodes
 from diffaccel.core.path import Path
 from diffaccel.errors import ArtifactError, OptionError
@@ -157,7 +158,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_artifact(tmp_path, monkeypatch)
         return calibrate.dc(mixture_pipe(), ["0"], out=out, **options)
 
     whole = make(tmp_path / "a.safetensors")
-    monkeypatch.setattr(engine_module, "EVERY", 0.0)
+    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
     run_pipeline, left = Engine.run, [0]
 
     def dies(self, *args, **kwargs):
