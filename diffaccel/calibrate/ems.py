@@ -26,27 +26,22 @@ from ..schedulers.settings import path_of
 from .ems_probe import METHODS, ForwardProbe, Probe, TrajectoryProbe, choose_method, duals, stat_nodes
 from .ems_stats import REDUCE, Tensors, fitted, merged
 from .engine import Batch, Captured, Engine
-from .validate import Verdict, best_stock, ends, errors, over_processes, verdict
+from .validate import FEWEST, Verdict, best_stock, ends, errors, over_processes, verdict
 
 POINTS = ("trajectory", "forward")
 LARGE = 64 * 2**20  # bytes of an artifact above which statistics are kept by channel
 TEACHER = ("dpmpp", {"order": 3, "form": "exact"})
 TEACHER_GRID: dict[str, Any] = {"grid": "mid", "grid_options": {"w": 0.5}}
 CLEAN_CALLS = 20  # of the runs that make the images for points="forward"
-# What the choice of section 8.3 of the method's practice is made among: grid and solver belong together.
+# Grid and solver belong together, so they are chosen together. With strong guidance the best have no corrector.
 GRIDS: tuple[dict[str, Any], ...] = (
     {"grid": "trailing"},
     {"grid": "karras", "grid_options": {"rho": 4.0}},
     {"grid": "mid", "grid_options": {"w": 0.15}},
     {"grid": "mid", "grid_options": {"w": 0.4}},
-    {"grid": "mid", "grid_options": {"w": 0.7}},
     {"grid": "uniform_lambda"},
 )
-SOLVERS: tuple[dict[str, Any], ...] = (
-    {"order": 2, "corrector": "plus"},
-    {"order": 2, "corrector": "same"},
-    {"order": 3, "corrector": "same"},
-)
+SOLVERS: tuple[dict[str, Any], ...] = ({"order": 2, "corrector": None}, {"order": 2, "corrector": "plus"})
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,7 @@ class Measurement:
     points: str
     method: str
     delta: float | None
-    smooth_space: float
+    smooth_space: float | None
     smooth_lam: float
     ridge: float
 
@@ -100,7 +95,7 @@ def ems(
     method: str = "auto",
     delta: float | None = None,
     lam_range: tuple[float, float] | None = None,
-    smooth_space: float = 0.0,
+    smooth_space: float | None = None,
     smooth_lam: float = 0.0,
     ridge: float | None = None,
     chosen_on: int = 16,
@@ -135,7 +130,8 @@ def ems(
         delta: size of the difference in units of the state's, sqrt(alpha^2 + sigma^2); None: 0.03, 0.1 in half
             precision.
         lam_range: of half log-SNR; None: the whole training range.
-        smooth_space: standard deviation in pixels of a Gaussian over l and the moments; smooth_lam: the same in nodes.
+        smooth_space: standard deviation in pixels of a Gaussian over l and the moments; None: a twentieth of the
+            shorter side, at most 1.5, where statistics are by element of an image. smooth_lam: the same in nodes.
         ridge: added to the variance of f, relative to that of the noise prediction; None: 100 times the square of the
             rounding of the model's dtype.
         chosen_on: images for the choice. held_out: images for the validation.
@@ -154,10 +150,10 @@ def ems(
     one_of("points", points, POINTS)
     one_of("method", method, (*METHODS, "auto"))
     one_of("reduce", reduce, (*REDUCE, "auto"))
-    if min(images, chosen_on, held_out) < 2 or nodes < 2 or not calls or min(calls) < 1:
+    if min(images, chosen_on) < 2 or held_out < FEWEST or nodes < 2 or not calls or min(calls) < 1:
         raise OptionError(
-            f"ems needs 2 or more images, chosen_on, held_out and nodes, and numbers of calls: got images={images}, "
-            f"chosen_on={chosen_on}, held_out={held_out}, nodes={nodes}, calls={list(calls)}"
+            f"ems needs 2 or more images, chosen_on and nodes, held_out of {FEWEST} or more, and numbers of calls: got "
+            f"images={images}, chosen_on={chosen_on}, held_out={held_out}, nodes={nodes}, calls={list(calls)}"
         )
     config = TableScheduler.from_config(pipe.scheduler.config).config
     path, dtype = path_of(config), denoiser(pipe).dtype
@@ -173,9 +169,9 @@ def ems(
     with engine.working(_expected(asked, calls, chosen_on, held_out, teacher_calls), "calibrate ems"):
         how, why, shape = _prepared(engine, config, lams, asked)
         found = _measured(engine, config, lams, how)
-        fit = fitted(lams, found, smooth_space=smooth_space, smooth_lam=smooth_lam, ridge=ridge)
-        tensors = {"lam": fit.ems.lam, **{k: v.astype(np.float32) for k, v in fit.ems.tensors().items() if k != "lam"}}
-        statistics = Ems(*(tensors[k] for k in ("lam", "l", "s", "b")))
+        fit = fitted(lams, found, smooth_space=how.smooth_space or 0.0, smooth_lam=smooth_lam, ridge=ridge)
+        tensors: Tensors = {k: v if k == "lam" else v.astype(np.float32) for k, v in fit.ems.tensors().items()}
+        statistics = Ems(tensors["lam"], tensors["l"], tensors["s"], tensors["b"])
         setting, receipt = _validated(engine, config, statistics, calls, (images, chosen_on, held_out), teacher_calls)
         cost = engine.cost
     first = seed + images
@@ -243,8 +239,12 @@ def _prepared(
             method, why = choose_method(wanted, lambda m: _trajectory(engine, one, config, short, m, reduce, None))
         known = {"shape": list(shape), "reduce": reduce, "method": method, "why": why}
         engine.kept.notes["prepared"] = known
-    how = Measurement(**{**vars(asked), "reduce": known["reduce"], "method": known["method"]})
-    return how, known["why"], tuple(known["shape"])
+    shape = tuple(known["shape"])
+    smooth = asked.smooth_space
+    if smooth is None:
+        smooth = min(1.5, min(shape[-2:]) / 20) if known["reduce"] == "element" and len(shape) > 2 else 0.0
+    decided = {"reduce": known["reduce"], "method": known["method"], "smooth_space": smooth}
+    return Measurement(**{**vars(asked), **decided}), known["why"], shape
 
 
 def _measured(engine: Engine, config: Mapping[str, Any], lams: np.ndarray, how: Measurement) -> Tensors:
@@ -348,51 +348,3 @@ class _Trial:
     def best(self, statistics: Ems | str, name: str, n: int) -> Setting:
         """The setting with the lowest mean error."""
         return min(SETTINGS, key=lambda s: float(np.nan_to_num(self.errors(s, statistics, name, n), nan=1e30).mean()))
-
-
-# ---------------------------------------------------------------------- other people's statistics
-def imported(
-    folder: str | os.PathLike[str],
-    *,
-    path: Path,
-    prediction_type: str,
-    t_start: float,
-    t_end: float,
-    guidance: float | None = None,
-) -> Artifact:
-    """An artifact from the statistics that the authors of DPM-Solver-v3 publish.
-
-    Args:
-        folder: with `l.npz` (key l) and `sb.npz` (keys s and b), each (M + 1, C, H, W), noisy end first.
-        path: of the model.
-        prediction_type: of the model, as in its scheduler's config.
-        t_start, t_end: the times of the noisy and of the clean end, as the path counts them; the files do not say.
-        guidance: scale at which the images were made, for the record.
-
-    Raises:
-        OptionError: a missing file or key, or statistics that do not belong together.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    for file, keys in (("l.npz", ("l",)), ("sb.npz", ("s", "b"))):
-        name = os.path.join(os.fspath(folder), file)
-        if not os.path.isfile(name):
-            raise OptionError(f"{name} is missing: published statistics are a folder with l.npz and sb.npz")
-        with np.load(name, allow_pickle=False) as data:
-            missing = [k for k in keys if k not in data.files]
-            if missing:
-                raise OptionError(f"{name} has {', '.join(data.files)}, not {', '.join(missing)}")
-            arrays |= {k: data[k].astype(np.float32) for k in keys}
-    ends_ = path.at(t_start).lam, path.at(t_end).lam
-    if not ends_[0] < ends_[1]:
-        raise OptionError(
-            f"t_start = {t_start} must be noisier than t_end = {t_end} (lam {ends_[0]:.4g}, {ends_[1]:.4g})"
-        )
-    lam = np.linspace(*ends_, len(arrays["l"]))
-    checked = Ems(lam, arrays["l"], arrays["s"], arrays["b"])
-    meta = {
-        "path": path_identity(path, prediction_type),
-        "guidance": guidance,
-        "shape": list(checked.shape),
-        "receipt": {"result": "imported from the published files; not measured here", "nodes": len(lam) - 1},
-    }
-    return Artifact("ems", {"lam": lam, **arrays}, meta)

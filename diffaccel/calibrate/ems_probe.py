@@ -136,7 +136,7 @@ class Probe(Captured):
 
     def _eps(self, node: Node, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         u, w = pair(output_of(self.config), "eps", node)
-        return u * x.double() + w * output_for(output, x).double()
+        return x.double() * float(u) + output_for(output, x).double() * float(w)
 
     def _l_by_jvp(self, node: Node, x: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(output, `sigma v (J v)`)."""
@@ -240,8 +240,8 @@ class TrajectoryProbe(Probe):
         if len(eps) == 2:
             slope = (eps[1] - eps[0]) / h
         else:
-            weights = ((-1.5, 2.0, -0.5), (-0.5, 0.0, 0.5), (0.5, -2.0, 1.5))[place]
-            slope = sum(w * e for w, e in zip(weights, eps, strict=True)) / h
+            p, q, r = ((-1.5, 2.0, -0.5), (-0.5, 0.0, 0.5), (0.5, -2.0, 1.5))[place]
+            slope = (p * eps[0] + q * eps[1] + r * eps[2]) / h
         l, y, e = self._window[place]
         level = math.exp(-float(self._lams[k]))
         self._stats.append(moments_of(l, (y, level * e, level * slope), self._reduce))
@@ -253,6 +253,11 @@ class ForwardProbe(Probe):
     Three calls a node by differences, two by forward-mode differentiation: the point, the point moved by v, and the
     point moved along the ODE.
     """
+
+    _node: Node
+    _x: torch.Tensor
+    _eps_here: torch.Tensor
+    _l: torch.Tensor
 
     def begin(self, clean: torch.Tensor, seeds: Sequence[int], lams: np.ndarray) -> ForwardProbe:
         """Say which images the points are made from, (B, ...)."""

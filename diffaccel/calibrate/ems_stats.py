@@ -65,7 +65,7 @@ def moments_of(l: Any, points: Sequence[Any], reduce: str) -> Tensors:
     pairs = [centred(p) for p in points]
     mean = np.stack([p[0] for p in pairs])
     m2 = np.stack([total(pairs[i][1] * pairs[j][1]) for i, j in PAIRS])
-    return {"n": np.float64(n), "l": l_mean, "l_m2": total(l_off * l_off), "mean": mean, "m2": m2}
+    return {"n": np.array(float(n)), "l": l_mean, "l_m2": total(l_off * l_off), "mean": mean, "m2": m2}
 
 
 def stacked(nodes: Sequence[Tensors]) -> Tensors:
