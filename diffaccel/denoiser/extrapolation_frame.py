@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -78,21 +79,27 @@ class Frame:
         assert self.levels is not None
         return self.levels, self.levels.nodes[step]
 
+    def __post_init__(self) -> None:
+        nodes = self.levels.nodes[:-1] if self.levels is not None else ()
+        self._places = [self._place(node) for node in nodes]
+        self._usable = [self._takes_part(node, place) for node, place in zip(nodes, self._places, strict=True)]
+
+    def _place(self, node: Node) -> float:
+        assert self.levels is not None
+        return Predictor(coordinate=self.coordinate).position(node, self.levels.path)
+
+    def _takes_part(self, node: Node, place: float) -> bool:
+        if self.predictor is not None and self.levels is not None:
+            return self.predictor.usable(node, self.levels.path)
+        return self.coordinate == "index" or math.isfinite(place)
+
     def position(self, step: int) -> float:
         """Where a step lies in the coordinate."""
-        if self.levels is None or self.coordinate == "index":
-            return float(step)
-        levels, node = self._at(step)
-        return Predictor(coordinate=self.coordinate).position(node, levels.path)
+        return self._places[step] if self._places and self.coordinate != "index" else float(step)
 
     def usable(self, step: int) -> bool:
         """Whether an answer there can take part in an extrapolation."""
-        if self.levels is None:
-            return True
-        levels, node = self._at(step)
-        if self.predictor is not None:
-            return self.predictor.usable(node, levels.path)
-        return self.coordinate == "index" or abs(self.position(step)) != float("inf")
+        return self._usable[step] if self._usable else True
 
     def first_order(self, step: int) -> tuple[float, float] | None:
         """(a, b) of the first-order step in the extrapolated quantity: `x_next = a x + b q`."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..core.extrapolation import gate_error, norm
+from ..core.extrapolation import gate_error
 from ..core.extrapolation_policy import Count, Memory, with_gradient
 from ..core.pattern import LEAST, Explicit, Regular
 from .clock import Clock, Run
@@ -312,11 +312,13 @@ class ExtrapolationHook(DenoiserHook):
                     slope = with_gradient(frame.slope(value, x, call.step), branch.slopes[g])
                     value = frame.from_slope(slope, x, call.step)
                 if self._looks(call):
-                    sizes += [norm(quantity), norm(memory.past[0][1])]
+                    sizes += [torch.linalg.vector_norm(quantity), torch.linalg.vector_norm(memory.past[0][1])]
                 answers[g] = value.to(branch.dtype)
             decision.answers[name] = answers
         if sizes:
-            self._reject(state, decision, groups, torch.stack(sizes).tolist())
+            on_cpu = call.sample.device.type == "cpu"
+            read = [float(size) for size in sizes] if on_cpu else torch.stack(sizes).tolist()  # one read-back
+            self._reject(state, decision, groups, read)
 
     def _looks(self, call: Call) -> bool:
         if self.settings.validate is not None:
