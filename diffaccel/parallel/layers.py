@@ -68,9 +68,10 @@ class Post:
         return [got[r] for r in self.group.ranks()]
 
     def older(self, about: About) -> Parts | None:
-        """What was received one call before the last receipt; None if that is not known."""
+        """What was received one call before the last receipt, and forget it; None if that is not known."""
         history = self.received[about.kind, about.where]
-        return [history[-2][r] for r in self.group.ranks()] if len(history) > 1 else None
+        older = history.pop(-2) if len(history) > 1 else None
+        return None if older is None else [older[r] for r in self.group.ranks()]
 
     def drain(self) -> None:
         """Receive what is still under way, so that nothing of this run is met by the next one."""

@@ -196,7 +196,8 @@ class PatchHook(ModelHook):
                 self._engaged(post)
             return output if group.halves == 1 else joined(output, group, post, call)
         except BaseException as error:
-            self.world.abort(f"{line(error)} ({seat.where if seat else 'whole image'}, call {call})")
+            where = f"at or after {seat.where or 'the begin'}" if seat else "one patch a rank"
+            self.world.abort(f"{line(error)} ({where}, call {call})")
             raise
         finally:
             self.seats.seat = None

@@ -48,13 +48,13 @@ def arguments(
         return {
             **found,
             "hidden_states": noise(batch, config.in_channels, height, width),
-            "timestep": torch.full((batch,), 500.0, dtype=dtype),
+            "timestep": torch.full((batch,), 500.0, dtype=dtype, device=device),
         }
     rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
     ids = torch.stack((torch.zeros_like(rows), rows, columns), -1).reshape(-1, 3).to(device, dtype)
     found |= {"hidden_states": noise(batch, len(ids), config.in_channels), "img_ids": ids}
     found |= {"txt_ids": torch.zeros(text, 3, dtype=dtype, device=device)}
-    found["timestep"] = torch.full((batch,), 0.5, dtype=dtype)
+    found["timestep"] = torch.full((batch,), 0.5, dtype=dtype, device=device)
     if config.guidance_embeds:
         found["guidance"] = torch.full((batch,), 3.5, dtype=dtype, device=device)
     return found
