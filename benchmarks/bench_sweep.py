@@ -29,8 +29,8 @@ OURS = {
 }
 STOCK = {
     "tiny-sd": ("own,DPM++ 2M", "DEISMultistepScheduler:use_karras_sigmas=true"),
-    "tiny-flow": ("own,flow Euler with all sigmas,UniPC", ""),
-    "tiny-pixel": ("own,DPM++ 2M", "DEISMultistepScheduler:use_karras_sigmas=true"),
+    "tiny-flow": ("flow Euler with all sigmas,UniPC", ""),
+    "tiny-pixel": ("own,DPM++ 2M,UniPC", ""),
 }
 
 

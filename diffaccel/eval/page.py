@@ -25,7 +25,8 @@ p, li { max-width: 80ch; } ul { padding-left: 1.2rem; } li { margin: .2rem 0; ov
 table { border-collapse: collapse; font-size: .82rem; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { background: var(--band); font-weight: 600; vertical-align: bottom; }
-td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: #fff;
+  min-width: 9em; max-width: 19em; white-space: normal; overflow-wrap: anywhere; }
 th:first-child { background: var(--band); }
 tr.group td { background: var(--band); font-weight: 600; text-align: left; }
 tr.stock td { color: var(--soft); } tr:last-child td { border-bottom: 0; }
@@ -34,7 +35,8 @@ tr.stock td { color: var(--soft); } tr:last-child td { border-bottom: 0; }
 code { background: var(--band); padding: .1em .3em; border-radius: 4px; overflow-wrap: anywhere; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 @media (max-width: 600px) { body { padding: 10px; font-size: 15px; } h1 { font-size: 1.25rem; }
-  th, td { padding: .25rem .45rem; } td:first-child, th:first-child { max-width: 38vw; white-space: normal; } }
+  th, td { padding: .25rem .45rem; } td:first-child, th:first-child { min-width: 34vw; max-width: 38vw; }
+  tr.group td { max-width: none; } }
 """
 
 
@@ -95,7 +97,10 @@ def _list(lines: Iterable[str]) -> str:
 def _verdicts(verdicts: Sequence[dict[str, Any]]) -> str:
     if not verdicts:
         return "<p>No scheduler to judge: only stock rows, or nothing measured yet.</p>"
-    short = "".join(f"<li>{_coloured(v['text'], v['benefit'])}</li>" for v in summaries(verdicts))
+    short = ""
+    for one in summaries(verdicts):
+        said = [_coloured(one["good"], True), escape(one["rest"])]
+        short += f"<li>{escape(one['head'])} {'; '.join(x for x in said if x)}.</li>"
     items = []
     for verdict in verdicts:
         equal, saved = verdict.get("equal_calls"), ""
@@ -110,7 +115,7 @@ def _verdicts(verdicts: Sequence[dict[str, Any]]) -> str:
 
 
 def _coloured(text: str, good: bool) -> str:
-    return f"<span class=good>{escape(text)}</span>" if good else escape(text)
+    return f"<span class=good>{escape(text)}</span>" if good and text else escape(text)
 
 
 def _image(data: bytes, text: str) -> str:

@@ -20,6 +20,7 @@ _GREYS = (("#6b6b6b", "-"), ("#8c8c8c", "--"), ("#6b6b6b", ":"), ("#a8a8a8", "-.
 _COLOURS = ("#c0392b", "#2471a3", "#1e8449", "#b7950b", "#7d3c98", "#ba4a00", "#117a65", "#5b2c6f")
 _MARKS = "osD^vP*X"
 _COLUMNS = 8  # images of a grid
+_LEGEND = 56  # letters of a name that fit below a plot
 
 
 def _point(row: Row, metric: str) -> tuple[float, float, float] | None:
@@ -68,7 +69,9 @@ def curves(rows: Sequence[Row], against: str, fid_label: str) -> bytes | None:
         axis.set_title(f"{fid_label if metric == 'fid' else title}: {hint}", fontsize=8.5, loc="left")
     axes[-1].set_xlabel("model calls an image" if against == "calls" else "seconds an image, measured", fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    labels = [x if len(x) <= _LEGEND else f"{x[: _LEGEND - 3]}..." for x in labels]
+    columns = 1 if max(map(len, labels)) > _LEGEND // 2 else 2
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     held = io.BytesIO()
     figure.savefig(held, format="png", metadata={"Software": None})
     return held.getvalue()
@@ -122,7 +125,7 @@ def grid(store: Store, plan: Plan, rows: Sequence[Row]) -> tuple[bytes, list[str
     if not found:
         return None
     side = _side(found[0][1].shape[1])
-    left, gap = 150, 4
+    left, gap = 210, 4
     sheet = Image.new("RGB", (left + count * (side + gap), len(found) * (side + gap)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for i, (label, images) in enumerate(found):

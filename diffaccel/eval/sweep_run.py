@@ -261,14 +261,19 @@ def _paint_all(
     """The blocks that are missing. Block after block, each for all cells: what a stopped run leaves can be compared."""
     units = [(c, b) for c in plan.cells for b in c.blocks(plan.block)]
     units.sort(key=lambda unit: unit[1].first)
-    mine = count()
+    mine, show = count(), progress and world.rank == 0
+    left = [u for u in units if not store.done(*u)] if show else []
 
     def work(cell: Cell, block: Block) -> None:
-        store.write(cell, block, paint(driver, settings[cell.folder], cell, plan, block, first=next(mine) == 0))
+        first = next(mine) == 0
+        arrays = paint(driver, settings[cell.folder], cell, plan, block, first)
+        store.write(cell, block, arrays)
+        if first and show:
+            _say_how_long(json.loads(str(arrays["counted"])), arrays, left, world.size)
 
-    if progress and world.rank == 0:
-        here = sum(store.done(*u) for u in units)
-        print(f"sweep: {len(plan.cells)} cells, {len(units)} blocks, {here} of them are there already", file=sys.stderr)
+    if show:
+        here = f"{len(units) - len(left)} of them are there already"
+        print(f"sweep: {len(plan.cells)} cells, {len(units)} blocks, {here}", file=sys.stderr)
     take_turns(
         units,
         lambda cell, block: not store.done(cell, block),
@@ -279,6 +284,14 @@ def _paint_all(
         unit="call",
         progress=progress,
     )
+
+
+def _say_how_long(counted: Mapping[str, Any], arrays: Mapping[str, Any], left: Sequence[Any], processes: int) -> None:
+    """After the first block: about what the rest takes."""
+    images, calls = (sum(f(c, b) for c, b in left) for f in (lambda c, b: len(b), lambda c, b: c.calls * len(b)))
+    minutes = counted["seconds"] / counted["calls"] * calls / processes / 60
+    bytes_ = sum(a.nbytes for a in arrays.values()) / counted["images"] * images
+    print(f"sweep: about {minutes:.0f} minutes and {bytes_ / 1e6:.0f} MB, judged by the first block", file=sys.stderr)
 
 
 def paint(driver: Driver, setting: Setting, cell: Cell, plan: Plan, block: Block, first: bool) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def _judge(row: Row, rows: Sequence[Row], metric: str, reference: Stats | None) 
         found["text"] = f"{head} {NOTHING} ({worse} [{number(-difference.high)}, {number(-difference.low)}])"
     else:
         gap = f"{number(difference.value)}{unit} [{low}, {high}]"
-        found["text"] = f"{head} {NOTHING} (better than {rival.cell.name} by {gap}, which may be nothing)"
+        found["text"] = f"{head} {NOTHING} (against {rival.cell.name} {gap}, which can be chance)"
     return found
 
 
@@ -224,8 +224,8 @@ def _worth(more: Row, less: Row, reference: Stats | None) -> dict[str, Any]:
     return found
 
 
-def summaries(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One sentence for each candidate at each budget: {"benefit", "text"}."""
+def summaries(found: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """One sentence for each candidate at each budget: {"text", "head", "good", "rest"}, the first of the others."""
     lines = []
     for calls, name in dict.fromkeys((v["calls"], v["name"]) for v in found):
         own = [v for v in found if (v["calls"], v["name"]) == (calls, name)]
@@ -233,7 +233,8 @@ def summaries(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         good = [v["text"].partition(f"{name}: ")[2] + f" in {METRICS[v['metric']][2]}" for v in own if v["benefit"]]
         nothing = [METRICS[v["metric"]][2] for v in own if not v["benefit"]]
         rest = f"{NOTHING} in {', '.join(nothing)}" if nothing else ""
-        lines.append({"benefit": bool(good), "text": f"{head} {'; '.join(filter(None, [*good, rest]))}."})
+        text = f"{head} {'; '.join(filter(None, [*good, rest]))}."
+        lines.append({"text": text, "head": head, "good": "; ".join(good), "rest": rest})
     return lines
 
 

@@ -134,6 +134,23 @@ def test_more_calls_are_nearer_to_the_teacher(made):
     assert len(rise) == 3 and all(w["against"] == 4 and w["calls"] == 6 and w["psnr"]["low"] > 0 for w in rise)
 
 
+def test_the_metric_separates_budgets(pipe, tmp_path):
+    """Guidance 4, the same seeds, 5 against 20 calls of a stock scheduler: FID and PSNR both see it."""
+    options = {
+        **OPTIONS,
+        "clip": None,
+        "block": 48,
+        "batch": 48,
+        "images": 96,
+        "teacher_images": 16,
+        "stock": ["UniPC"],
+    }
+    found = sweep(pipe, {}, [5, 20], models.prompts(96), "tiny-fashion", tmp_path / "out", teacher_calls=40, **options)
+    (one,) = found.data["separation"]
+    assert (one["calls"], one["against"], one["fid"]["n"]) == (20, 5, 96)
+    assert one["fid"]["better_by"] > 0 and one["fid"]["z"] > 3 and one["psnr"]["low"] > 0
+
+
 def test_a_row_by_name(made):
     with pytest.raises(OptionError, match="no row 'copy' with 7 calls; there are teacher 12"):
         made.row("copy", 7)
