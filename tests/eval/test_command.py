@@ -71,7 +71,7 @@ def test_refusals_are_one_line(
         ("fid", place / "a", place / "absent"): "no file or folder",
         ("fid", place / "a", place / "b", "--features", "dino"): "unknown features 'dino'",
         ("fid", place / "a", place / "b", "--weights", place / "no.pth"): "no Inception weights at",
-        ("clip", place / "a", place / "absent.txt", "--model", place / "clip"): "cannot read prompts",
+        ("clip", place / "a", place / "absent.txt", "--model", place / "clip"): "cannot read the prompts",
         ("stats", place / "a", "--out", place / "s.npz", "--unreadable", "ignore"): "unknown unreadable",
     }
     for words, message in cases.items():
