@@ -1,6 +1,6 @@
 """Rewriters and policies against the sampler that they change, at equal model calls, on the embedded models.
 
-    python benchmarks/bench_rewriters.py --models tiny-sd tiny-flow --images 512 --out docs/results
+    python benchmarks/bench_rewriters.py --models tiny-sd tiny-flow --images 160 --out docs/results
 
 For each method: FID (embedded features, bias corrected, 95 % interval), its paired difference to the parent sampler on
 the same prompts and noise, and, for deterministic methods, the relative distance of the final latents to a many-step
@@ -101,7 +101,7 @@ def features_of(pipe: Any, z: torch.Tensor, net: Any) -> torch.Tensor:
     return net(pixels).double()
 
 
-def one_model(name: str, images: int, store: Path) -> dict[str, Any]:
+def one_model(name: str, images: int, store: Path, most: int = CALLS[-1]) -> dict[str, Any]:
     """All cells of a model, from the store where they are there."""
     pipe = models.load(name)
     pipe.set_progress_bar_config(disable=True)
@@ -114,8 +114,9 @@ def one_model(name: str, images: int, store: Path) -> dict[str, Any]:
     half = kept(store / f"{name}-half-{key}.pt", lambda: latents(pipe, teacher.make(config), TEACHER_CALLS // 2, short))
     report: dict[str, Any] = {"images": images, "variance": variance, "cells": []}
     report["teacher_gap"] = float(distance(half, target).median())
+    budgets = [n for n in CALLS if n <= most]
     found: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
-    for calls in CALLS:
+    for calls in budgets:
         for method in methods(name, variance):
             if calls not in method.calls:
                 continue
@@ -218,15 +219,17 @@ def markdown(full: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["tiny-sd", "tiny-flow"])
-    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--images", type=int, default=160)
+    parser.add_argument("--most", type=int, default=CALLS[-1], help="largest number of calls")
     parser.add_argument("--store", type=Path, default=Path(tempfile.gettempdir()) / "bench-rewriters")
     parser.add_argument("--out", type=Path, help="folder for rewriters.json and .md")
     args = parser.parse_args()
     torch.set_num_threads(1)
     diffusers.utils.logging.set_verbosity_error()
     args.store.mkdir(exist_ok=True)
-    found = {name: one_model(name, args.images, args.store) for name in args.models}
+    found = {name: one_model(name, args.images, args.store, args.most) for name in args.models}
     command = f"python benchmarks/bench_rewriters.py --models {' '.join(args.models)} --images {args.images}"
+    command += f" --most {args.most}" if args.most != CALLS[-1] else ""
     full = {"command": command, "diffusers": diffusers.__version__, "torch": torch.__version__, "models": found}
     print(markdown(full))
     if args.out:
