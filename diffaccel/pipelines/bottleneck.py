@@ -71,16 +71,38 @@ class _Seen:
     run: StagedRun
     stage: int = 0
     rewritten: int = 0
-    costs: dict[Size, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Costs:
+    """FLOPs of one call at each size. Counted when they are asked for: a counted call may round differently.
+
+    Args:
+        calls: a call at each size that is still to be counted: the denoiser and its arguments.
+        flops: for each image of a call.
+    """
+
+    calls: dict[Size, tuple[Any, dict[str, Any], int]] = field(default_factory=dict)
+    flops: dict[Size, float | None] = field(default_factory=dict)
+
+    def of(self, size: Size) -> float | None:
+        """FLOPs at this size; None where they cannot be counted."""
+        if size in self.calls:
+            forward, given, images = self.calls.pop(size)
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                forward(**given)
+            self.flops[size] = counter.get_total_flops() / images or None
+        return self.flops.get(size)
 
 
 # ---------------------------------------------------------------------- the hook
 class _SizeHook(ModelHook):
     """Gives the denoiser the size of the present stage, and counts what a call at each size costs."""
 
-    def __init__(self, scheduler: StagedScheduler, layout: Layout, microcond: str, guard: Any) -> None:
+    def __init__(self, scheduler: StagedScheduler, layout: Layout, microcond: str, guard: Any, costs: _Costs) -> None:
         super().__init__()
         self.scheduler, self.layout, self.microcond, self.guard = scheduler, layout, microcond, guard
+        self.costs = costs
 
     def seen(self) -> _Seen:
         """Of this thread's run."""
@@ -106,12 +128,10 @@ class _SizeHook(ModelHook):
             reset: Any = getattr(module, "_reset_stateful_cache", None)
             if reset is not None:
                 reset()  # caches hold hidden states of the other size
-        if run.size in seen.costs or hasattr(module, "_orig_mod"):
-            return forward(**given)
-        with FlopCounterMode(display=False) as counter:
-            out = forward(**given)
-        seen.costs[run.size] = counter.get_total_flops() / len(given[name])
-        return out
+        compiled = hasattr(module, "_orig_mod")  # the counter does not see into compiled code
+        if not compiled and run.size not in self.costs.flops and run.size not in self.costs.calls:
+            self.costs.calls[run.size] = (forward, given, len(given[name]))
+        return forward(**given)
 
     def _first(self, given: dict[str, Any], name: str, run: StagedRun) -> None:
         """The first call knows the size that was asked for, and is itself shrunk if the run begins small."""
@@ -162,9 +182,10 @@ class Bottleneck(Handle):
     """Handle of `bottleneck`."""
 
     def __init__(self, pipe: Any, scheduler: StagedScheduler, layout: Layout, microcond: str, on_small: str) -> None:
-        self.scheduler, self.layout, self.on_small = scheduler, layout, on_small
+        self.scheduler, self.layout, self.on_small, self.costs = scheduler, layout, on_small, _Costs()
         hooks: dict[torch.nn.Module, ModelHook] = {
-            module: _SizeHook(scheduler, layout, microcond, self._guard) for module in denoisers(pipe).values()
+            module: _SizeHook(scheduler, layout, microcond, self._guard, self.costs)
+            for module in denoisers(pipe).values()
         }
         super().__init__(pipe, "bottleneck", scheduler, hooks)
 
@@ -196,7 +217,7 @@ class Bottleneck(Handle):
             warnings.warn(text, stacklevel=2)
 
     def report(self) -> StagedReport:
-        """What was measured in this thread's last run.
+        """What was measured in this thread's last run; the first time, a call at each size is counted.
 
         Raises:
             RunError: before the first run, or if the hook was declared but never engaged.
@@ -213,10 +234,10 @@ class Bottleneck(Handle):
             n = leg.stage.steps
             part = tuple(sigmas[at : at + n])
             stages.append(
-                StageReport(leg.size, n, tuple(map(float, leg.times)), part, seconds, seen.costs.get(leg.size))
+                StageReport(leg.size, n, tuple(map(float, leg.times)), part, seconds, self.costs.of(leg.size))
             )
             at += n
-        work, full = None, seen.costs.get(run.full)
+        work, full = None, self.costs.of(run.full)
         if full and all(s.flops for s in stages):
             work = step_equivalents([s.calls for s in stages], [float(s.flops or 0) for s in stages], full)
         return StagedReport(

@@ -27,7 +27,7 @@ class StagedReport:
     Args:
         stages, switches: in order.
         fill, history: of the transitions.
-        step_equivalents: work in calls at full size, `sum n_k F_k / F_full`, F counted in the denoiser's own calls;
+        step_equivalents: work in calls at full size, `sum n_k F_k / F_full`, F counted by `torch.utils.flop_counter`;
             None where it could not be counted (a compiled module).
         plain_calls: the plain run of equal work, which every comparison should stand beside.
         rewritten: denoiser calls whose size arguments were rewritten.

@@ -158,10 +158,15 @@ def test_a_callback_that_edits_is_refused():
 def test_threads():
     """Runs of several threads on one wrapped pipeline do not see each other."""
     pipe = built("flux")
+    prompt, pooled, _ = pipe.encode_prompt("a red fox", "a red fox", max_sequence_length=16)  # not made for threads
+    given = {"prompt": None, "prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
     with paradigms(pipe, window=4, tol=0.05) as h:
-        serial = [latents(h, "flux", seed=s) for s in range(4)]
+        serial = [latents(h, "flux", seed=s, **given) for s in range(4)]
         found = {}
-        threads = [threading.Thread(target=lambda s=s: found.update({s: latents(h, "flux", seed=s)})) for s in range(4)]
+        threads = [
+            threading.Thread(target=lambda s=s: found.update({s: latents(h, "flux", seed=s, **given)}))
+            for s in range(4)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
