@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, UNet2DModel
 
 from diffaccel import models
 from diffaccel.errors import DiffaccelError, OptionError, RunError
 from diffaccel.eval import cells, report, sweep, sweep_run
+from diffaccel.models.pixel import ClassConditionalPipeline
 from diffaccel.parallel import folder
 
 DPM = {"solver_order": 2, "timestep_spacing": "trailing", "final_sigmas_type": "zero"}
@@ -348,6 +349,23 @@ def test_fewer_stock_rows_are_noted(pipe, tmp_path):
     assert [r["name"] for r in found.data["rows"]] == ["DDIMScheduler (own)"] * 1 + ["UniPC"] * 1
     assert found.data["notes"][0] == "stock schedulers left out on request: DPM++ 2M"
     assert found.data["fid_label"] and all(r["fid"] is None for r in found.data["rows"])
+
+
+def test_a_model_of_classes(tmp_path):
+    """Class numbers in turn instead of prompts; pixels are the latents."""
+    sizes = {"sample_size": 16, "block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    net = UNet2DModel(**sizes, **blocks, num_class_embeds=3).eval()
+    pixel = ClassConditionalPipeline(net, DDIMScheduler())
+    pixel.set_progress_bar_config(disable=True)
+    options = {"images": 4, "block": 4, "batch": 4, "teacher_calls": 6, "progress": False, "stock": ["own"]}
+    found = sweep(pixel, {}, [2], out=tmp_path / "out", **options)
+    row = found.row("DDIMScheduler (own)", 2)
+    assert row["calls_made"] == 2 and row["clip"] is None and row["errors"]["latent"] > 0
+    assert cells.Store(tmp_path / "out").plan().prompts == ["0", "1", "2"]
+    assert "class labels instead of texts: no CLIP score" in found.data["notes"]
+    with pytest.raises(OptionError, match="a prompt must be a number, got 'a hat'"):
+        sweep(pixel, {}, [2], ["a hat"], out=tmp_path / "other", **options)
 
 
 def test_blocks_are_dealt_so_that_a_partial_run_can_be_compared(pipe, tmp_path, monkeypatch):
