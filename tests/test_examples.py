@@ -17,3 +17,12 @@ def test_swap_scheduler(model, tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 200
     assert "4 model calls" in done.stdout
     assert "unipc(order=3" in done.stdout
+
+
+def test_calibrate_dc(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "calibrate_dc.py"), "--calls", "4", "--pairs", "2"]
+    command += ["--held-out", "8", "--artifact", str(tmp_path / "dc.safetensors"), "--out", str(tmp_path / "x.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.png").stat().st_size > 200 and (tmp_path / "dc.safetensors").exists()
+    assert "held-out error" in done.stdout and "4 model calls; wrote" in done.stdout
