@@ -365,8 +365,8 @@ def mixture_lines(rows: list[dict[str, Any]]) -> list[str]:
         "## adaptive_nodes (experimental)",
         "",
         "Root mean square error to the exact flow, mean over 4 mixtures of 3 modes in 6 dimensions, 48 starts each. "
-        "The controls get the mean number of calls, rounded up. The last column is 2M on one grid for all starts, made of "
-        "quantiles of the nodes that 48 other starts chose.",
+        "The controls get the mean number of calls, rounded up. The last column is 2M on one grid for all starts, "
+        "made of quantiles of the nodes that 48 other starts chose.",
         "",
         f"| path, nodes, tol | mean calls | {' | '.join(names)} | |",
         "|---" * (len(names) + 3) + "|",

@@ -26,3 +26,11 @@ def test_calibrate_dc(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x.png").stat().st_size > 200 and (tmp_path / "dc.safetensors").exists()
     assert "held-out error" in done.stdout and "4 model calls; wrote" in done.stdout
+
+
+def test_extrapolate(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "extrapolate.py"), "--steps", "8", "--skip", "h2/s2"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "x.png")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.png").stat().st_size > 200
+    assert "8 nodes, 7 model calls" in done.stdout and "7 model calls on 8 nodes" in done.stdout

@@ -172,7 +172,7 @@ class DenoiserHook(ModelHook):
         self.signature = Signature(module)
         return module
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.answer(self._understood(args, kwargs))
 
@@ -207,8 +207,13 @@ def attach(module: torch.nn.Module, hook: ModelHook, name: str) -> None:
     """Register a hook as the outermost one of a module.
 
     Raises:
-        OptionError: if the module has a hook of that name.
+        OptionError: if the module has a hook of that name, or was compiled in place.
     """
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        raise OptionError(
+            "this denoiser was compiled in place (module.compile()), which goes past hooks; set "
+            "pipe.unet = torch.compile(pipe.unet), or pipe.transformer, instead"
+        )
     registry = HookRegistry.check_if_exists_or_initialize(module)
     if registry.get_hook(name) is not None:
         raise OptionError(f"this denoiser has the hook {name!r} already; remove() the other handle first")

@@ -113,7 +113,10 @@ class Extrapolation:
         """
         found = getattr(self._local, "report", None) or self._latest
         if found is None:
-            raise RunError("no run was made yet: call the pipeline first")
+            raise RunError(
+                "no run was made yet: call the pipeline first (a model that was compiled in place, with "
+                "module.compile(), after it was wrapped goes past hooks)"
+            )
         return found
 
     def __enter__(self) -> Extrapolation:

@@ -136,6 +136,38 @@ def test_fixed_patterns_read_nothing_from_the_device(kind):
     assert handle.report().skipped == [[4, 7]]
 
 
+class Small(torch.nn.Module):
+    def forward(self, sample, timestep, encoder_hidden_states=None, return_dict=True):
+        return (sample.sin() * 0.5,)
+
+
+def twelve_steps(pipe):
+    x = torch.linspace(-1, 1, 8)[None]
+    pipe.scheduler.set_timesteps(12)
+    for t in pipe.scheduler.timesteps:
+        x = pipe.scheduler.step(pipe.unet(x, t, return_dict=False)[0], t, x).prev_sample
+    return x
+
+
+def test_a_compiled_model_stays_compiled():
+    scheduler = TableScheduler.from_config(FlowMatchEulerDiscreteScheduler().config, sampler="ddim")
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    plain, compiled = Holder(Small(), scheduler), Holder(torch.compile(Small(), backend=backend), scheduler)
+    with da.extrapolate(plain):
+        wanted = twelve_steps(plain)
+    with da.extrapolate(compiled) as handle:
+        assert torch.equal(twelve_steps(compiled), wanted)
+    assert handle.report().calls == [10] and len(graphs) == 1
+    plain.unet.compile(backend=backend)
+    with pytest.raises(OptionError, match="compiled in place"):
+        da.extrapolate(plain)
+
+
 # ---------------------------------------------------------------------- threads
 def in_threads(jobs):
     """Results of the jobs, each in a thread of its own, all begun together."""
