@@ -13,7 +13,18 @@ from typing import Any
 from ..errors import OptionError
 
 # public function -> module that defines it
-_NAMES = {"ems": "ems", "dc": "dc", "check": "check", "fit": "fit", "fit_function": "fit", "extend": "fit"}
+_NAMES = {
+    "ems": "ems",
+    "dc": "dc",
+    "check": "check",
+    "epsilon": "epsilon",
+    "gauss": "gauss",
+    "spectrum": "spectrum",
+    "fit_spectrum": "spectrum",
+    "fit": "fit",
+    "fit_function": "fit",
+    "extend": "fit",
+}
 
 __all__ = [*_NAMES]
 

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 KINDS = {
     "dc": "DC-Solver: ratios of dynamic compensation for UniPC, DPM-Solver++ or DDIM",
     "ems": "DPM-Solver-v3: empirical model statistics",
-    "fit": "rows fitted to a teacher",
+    "fit": "a table fitted to the checkpoint's own many-step trajectories, for each number of calls",
+    "gauss": "mean and axes of the latents, for Gaussian teleportation",
+    "epsilon": "the constant of epsilon scaling",
+    "spectrum": "the power spectrum of the latents, for runs that change resolution",
 }
 EPILOG = """\
 Any option of diffaccel.calibrate.KIND is passed with --set name=value, such as --set pairs=32 or --set order=3.

@@ -164,3 +164,20 @@ class Path:
         reader = importlib.import_module("diffaccel.schedulers.from_config")
         path: Path = reader.read(config, **options).path
         return path
+
+
+def iadb(model: Any) -> Any:
+    """A model of Iterative alpha-(de)Blending (arXiv:2305.03486) as a `predict` of the functional interface.
+
+    `model(x, a)` predicts `x0 - noise` at the blending `a = 1 - sigma`, from 0 (noise) to 1: on a flow path that is
+    the negative of the velocity, at the time 1 - sigma. Its own sampler, `x += (a' - a) d`, is `ddim` there.
+
+    Returns:
+        `predict(x, node)` for `diffaccel.sample(predict, x, nodes=nodes(Path.flow(), ...))`.
+    """
+    from .prediction import Prediction
+
+    def predict(x: Any, node: Node) -> Prediction:
+        return Prediction(-model(x, 1.0 - node.sigma), "flow")
+
+    return predict
