@@ -47,7 +47,7 @@ def fit(
     moves: int = 40,
     channels: bool | str = "auto",
     rounded: bool = False,
-    rivals: str = "usual",
+    rivals: str | None = "usual",
     guidance: float | None = None,
     batch: int = 8,
     memory_limit: int = 1 << 30,
@@ -67,7 +67,8 @@ def fit(
         prompts: like the ones that it will be used with: a list or a file (classes of class-conditional models).
             16 or more; 48 different ones also judge on prompts that were not fitted to.
         calls: budgets of model calls.
-        samples, holdout, teacher_steps, order, ridge, moves, channels, rounded, rivals: see `fit_core.Plan`.
+        samples, holdout, teacher_steps, order, ridge, moves, channels, rounded, rivals: see `fit_core.Plan`
+            (rivals=None is "none").
         seed: of the first input's noise.
         grids: candidates of `grid.GRIDS`; "auto" is all of them.
         guidance: `guidance_scale` of the pipeline's call; None leaves the pipeline's own.
@@ -92,14 +93,14 @@ def fit(
     named = read_prompts(FilePath(prompts) if isinstance(prompts, os.PathLike) else prompts)
     plan = Plan(
         *(_budgets(calls), samples, holdout, teacher_steps, order, ridge),
-        *(_grids(grids), moves, channels, rounded, rivals),
+        *(_grids(grids), moves, channels, rounded, rivals or "none"),
     )
     settings = {"kind": KIND, "plan": _json(plan), "model": model_identity(pipe)["weights_sha256"]}
     engine = Engine(
         pipe, named, guidance=guidance, call=call, batch=batch, seed=seed, out=out, settings=settings, progress=progress
     )
     runner = Piped(engine)
-    tried = _rivals(pipe, rivals)
+    tried = _rivals(pipe, plan.rivals)
     made = Fitting(runner, plan, own=runner.own_nodes, memo=runner.memo, rivals=_measure(runner, tried))
     shape = runner.shape()
     made.groups = _channels(shape, engine.pipe)
