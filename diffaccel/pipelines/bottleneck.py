@@ -15,6 +15,8 @@ import torch
 from diffusers.hooks import ModelHook
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..artifact import Artifact
+from ..calibrate.spectrum import law_of
 from ..core.stage_plan import preset
 from ..core.stages import Size, Spectrum, Stage, flow_time, step_equivalents
 from ..errors import OptionError, RunError, one_of
@@ -254,7 +256,7 @@ def bottleneck(
     sampler: str | None = None,
     fill: str = "memory",
     history: str | None = None,
-    spectrum: Spectrum | str | dict[str, Any] | None = None,
+    spectrum: Spectrum | Artifact | str | dict[str, Any] | None = None,
     delta: float = 0.01,
     rule: str = "missing",
     resize: str = "spectral",
@@ -272,7 +274,8 @@ def bottleneck(
         stages: a preset (`core.stage_plan.preset`), or a list of `Stage`.
         calls: model calls, for presets that are shares of them (25 if None).
         sampler: of the stages; None: the scheduler's own if it is one of ours, else "dpmpp".
-        fill, history, spectrum, delta, rule, resize: see `StagedScheduler`.
+        fill, history, delta, rule, resize: see `StagedScheduler`.
+        spectrum: of the latents: an artifact of `calibrate.spectrum` or its file, "flux", "wan2.1", or a `Spectrum`.
         microcond: SDXL's size conditioning in small stages: "keep", or "target" (scales the target size).
         on_small: stages below half of what the model is known to draw: "error" or "warn".
 
@@ -296,7 +299,7 @@ def bottleneck(
     options: dict[str, Any] = {} if transition == "renoise" else {"history": history}
     if fill != "memory" or transition == "aligned":
         options["fill"] = fill
-    found = Spectrum.of(spectrum)
+    found = _spectrum(spectrum)
     scheduler = StagedScheduler(
         base_config=dict(base.config) | {"_class_name": type(base).__name__},
         stages=[s.to_config() for s in stages], transition=transition, resize=resize,
@@ -304,6 +307,12 @@ def bottleneck(
         divisor=_divisor(pipe, layout), packing=layout.packing, **options,
     )  # fmt: skip
     return Bottleneck(pipe, scheduler, layout, microcond, on_small)
+
+
+def _spectrum(given: Any) -> Spectrum | None:
+    if isinstance(given, str) and given.endswith(".safetensors"):
+        given = Artifact.load(given, "spectrum")
+    return law_of(given) if isinstance(given, Artifact) else Spectrum.of(given)
 
 
 def _layout(pipe: Any) -> Layout:
