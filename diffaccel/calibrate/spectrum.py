@@ -1,4 +1,4 @@
-"""The power spectrum of a checkpoint's latents, for `diffaccel.bottleneck`: when to change size, and with what noise."""
+"""The power spectrum of a checkpoint's latents, for `bottleneck`: when to change size, and with what noise."""
 
 from __future__ import annotations
 
