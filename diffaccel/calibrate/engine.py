@@ -6,6 +6,7 @@ adapters, offloading, half precision) is in what is captured: the model output a
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,6 +80,8 @@ class Engine:
         self.pipe, self.prompts, self.guidance, self.batch, self.seed = pipe, list(prompts), guidance, batch, seed
         self.call = dict(call or {}) | ({} if guidance is None else {"guidance_scale": guidance})
         self._key = Driver(pipe, self.call).key
+        if "latents" not in inspect.signature(pipe.__call__).parameters:
+            raise OptionError(f"{type(pipe).__name__} takes no latents=, so no state can be handed to it")
         if getattr(denoiser(pipe), "is_cache_enabled", False):
             raise OptionError("the denoiser has a cache enabled, which repeats old outputs; call disable_cache() first")
         self.world = world or SoloWorld()
@@ -174,7 +177,8 @@ class Engine:
             if state is None:
                 raise RunError(f"{name}: process {self.world.rank} has no batch; use fewer processes or more images")
             return state
-        pieces = self.world.gather(name, serialize(state or {}), timeout=None)
+        plain = {key: np.array(value, order="C") for key, value in (state or {}).items()}  # as safetensors needs it
+        pieces = self.world.gather(name, serialize(plain), timeout=None)
         states = [found for piece in pieces if (found := parse(piece))]
         total = states[0]
         for other in states[1:]:

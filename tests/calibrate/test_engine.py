@@ -1,0 +1,243 @@
+"""The engine of calibrations: what it captures is what the denoiser computed, and the pipeline is left as it was."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from mixture_pipe import mixture_pipe
+
+from diffaccel import models
+from diffaccel.calibrate.captured import Captured
+from diffaccel.calibrate.checkpoint import Checkpoint
+from diffaccel.calibrate.engine import Engine
+from diffaccel.calibrate.validate import FEWEST, Verdict, errors, verdict
+from diffaccel.errors import ArtifactError, OptionError
+from diffaccel.parallel.protocol import SoloWorld
+from diffaccel.testing.pipelines import build, call_kwargs, denoiser
+
+
+def engine_of(name, batch=2, **more):
+    pipe, given = build(name), call_kwargs(name)
+    keep = ("height", "width", "max_sequence_length", "true_cfg_scale", "negative_prompt", "use_resolution_binning")
+    call = {k: v for k, v in given.items() if k in (*keep, "clean_caption")}
+    more.setdefault("guidance", given.get("guidance_scale"))
+    return Engine(pipe, ["a red fox", "a hat"], call=call, batch=batch, progress=False, **more)
+
+
+# ---------------------------------------------------------------------- what is captured
+@pytest.mark.parametrize(("name", "guided"), [("sd15", True), ("sd3", True), ("flux", False)])
+def test_the_output_is_the_denoisers_own_after_guidance(name, guided):
+    engine = engine_of(name)
+    seen, raw = [], []
+    hook = denoiser(engine.pipe).register_forward_hook(lambda m, a, out: raw.append(out[0].detach().clone()))
+    scheduler = Captured.of(engine.pipe.scheduler.config, "unipc", see=lambda i, x, out, z: seen.append((i, x, out, z)))
+    engine.run(engine.batches(0, 2)[0], scheduler, 3)
+    hook.remove()
+    assert [i for i, *_ in seen] == [0, 1, 2] and len(raw) == 3
+    for (_, x, out, _), found in zip(seen, raw):
+        if guided:
+            empty, text = found.chunk(2)
+            found = empty + engine.guidance * (text - empty)
+        torch.testing.assert_close(out, found, rtol=1e-5, atol=1e-5)
+        assert out.shape == x.shape
+    for (_, _, _, z), (_, x, _, _) in pairwise(seen):
+        assert torch.equal(z, x)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
+def test_one_call_at_a_node_is_the_call_of_the_run(name):
+    engine = engine_of(name)
+    seen = []
+    scheduler = Captured.of(engine.pipe.scheduler.config, "dpmpp", see=lambda i, x, out, z: seen.append((x, out)))
+    batch = engine.batches(0, 2)[0]
+    engine.run(batch, scheduler, 4)
+    config = engine.pipe.scheduler.config
+    start, first = engine.output(batch, scheduler.nodes[0], None, config)
+    torch.testing.assert_close(start.float(), seen[0][0], rtol=0, atol=0)
+    torch.testing.assert_close(first.float(), seen[0][1], rtol=1e-5, atol=1e-5)
+    for k in (1, 3):
+        _, out = engine.output(batch, scheduler.nodes[k], seen[k][0], config)
+        torch.testing.assert_close(out.float(), seen[k][1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_pipeline_that_takes_no_state_is_refused():
+    with pytest.raises(OptionError, match=r"DiTPipeline takes no latents="):
+        Engine(build("dit"), ["1", "2"], progress=False)
+
+
+def test_edm_states_are_handed_over_unscaled():
+    """EDM pipelines multiply start noise by init_noise_sigma; a state that is handed in must stay as it is."""
+    from diffusers import EDMEulerScheduler
+
+    pipe = mixture_pipe()
+    pipe.scheduler = EDMEulerScheduler()
+    engine = Engine(pipe, ["0"], batch=2, progress=False)
+    batch, seen = engine.batches(0, 2)[0], []
+    scheduler = Captured.of(pipe.scheduler.config, "ddim", see=lambda i, x, o, z: seen.append(x))
+    pipe.unet.forward = lambda sample, t, class_labels=None, return_dict=True: (0.5 * sample,)
+    engine.run(batch, scheduler, 3)
+    assert float(seen[0].std()) > 10
+    x, out = engine.output(batch, scheduler.nodes[1], seen[1], pipe.scheduler.config)
+    torch.testing.assert_close(x, seen[1].double(), rtol=0, atol=0)
+    assert float(out.abs().max()) < float(x.abs().max())  # the model saw x / sqrt(sigma^2 + sigma_data^2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    engine = Engine(models.load("tiny-sd", torch_dtype=dtype), ["a red bag"], guidance=4.0, batch=2, progress=False)
+    batch, seen = engine.batches(0, 2)[0], []
+    scheduler = Captured.of(engine.pipe.scheduler.config, "unipc", see=lambda i, x, o, z: seen.append((x, o)))
+    engine.run(batch, scheduler, 2)
+    assert {t.dtype for pair in seen for t in pair} == {dtype}
+    x, out = engine.output(batch, scheduler.nodes[1], seen[1][0].double(), engine.pipe.scheduler.config)
+    assert torch.equal(x, seen[1][0].double()) and torch.isfinite(out).all()
+
+
+def test_an_offloaded_model():
+    from accelerate import cpu_offload
+
+    plain, engine = engine_of("sd15"), engine_of("sd15")
+    cpu_offload(engine.pipe.unet, execution_device=torch.device("cpu"))
+    found = []
+    for one in (plain, engine):
+        scheduler = Captured.of(one.pipe.scheduler.config, "unipc")
+        found.append(one.run(one.batches(0, 2)[0], scheduler, 2))
+    torch.testing.assert_close(*found)
+
+
+# ---------------------------------------------------------------------- cost and cleanliness
+def test_a_guidance_pair_is_one_call_for_each_image():
+    engine = engine_of("sd15", batch=2)
+    for batch in engine.batches(0, 3):
+        engine.run(batch, Captured.of(engine.pipe.scheduler.config, "ddim"), 4)
+    assert engine.calls == 3 * 4 and engine.cost["calls"] == 12
+    assert [len(b) for b in engine.batches(0, 3)] == [2, 1]
+    assert [b.seeds for b in engine.batches(5, 3)] == [(5, 6), (7,)]
+    assert engine.batches(5, 3)[0].prompts == ("a hat", "a red fox")
+
+
+def test_the_pipeline_is_left_as_it_was_also_after_a_failure():
+    engine = engine_of("sd15")
+    pipe, before = engine.pipe, engine.pipe.scheduler
+    pipe.set_progress_bar_config(disable=True, desc="mine")
+
+    def fails(*_):
+        raise ValueError("no")
+
+    for see, expected in ((None, None), (fails, ValueError)):
+        scheduler = Captured.of(before.config, "ddim", see=see)
+        if expected is None:
+            engine.run(engine.batches(0, 1)[0], scheduler, 2)
+        else:
+            with pytest.raises(expected):
+                engine.run(engine.batches(0, 1)[0], scheduler, 2)
+        assert pipe.scheduler is before and pipe._progress_bar_config == {"disable": True, "desc": "mine"}
+        assert "step" not in vars(scheduler)
+
+
+def test_bad_engines():
+    for options, message in (({"batch": 0}, "batch of 1"), ({"call": {"steps": 3}}, "takes no option 'steps'")):
+        with pytest.raises(OptionError, match=message):
+            Engine(mixture_pipe(), ["0"], progress=False, **options)
+    with pytest.raises(OptionError, match="needs a prompt"):
+        Engine(mixture_pipe(), [], progress=False)
+
+
+# ---------------------------------------------------------------------- sharing and going on
+class Two(SoloWorld):
+    """Rank `rank` of two processes; what the other said is played back."""
+
+    size = 2
+
+    def __init__(self, rank, said):
+        super().__init__()
+        self.rank, self.said = rank, said
+
+    def gather(self, name, payload, **_):
+        self.said.setdefault(name, {})[self.rank] = payload
+        return [self.said[name][r] for r in sorted(self.said[name])]
+
+
+def moments(batch):
+    values = np.array(batch.seeds, dtype=float)
+    powers = np.stack([values, values**2], axis=1)
+    return {"n": np.array(float(len(values))), "outer": (powers.T @ powers)[:, ::-1].T}  # not contiguous
+
+
+def added(a, b):
+    return {k: a[k] + b[k] for k in a}
+
+
+def test_processes_share_the_batches_and_merge():
+    alone = Engine(mixture_pipe(), ["0"], batch=2, progress=False)
+    whole = alone.accumulate("m", alone.batches(0, 7), moments, added)
+    said, found = {}, None
+    for rank in (0, 1):
+        engine = Engine(mixture_pipe(), ["0"], batch=2, progress=False, world=Two(rank, said))
+        found = engine.accumulate("m", engine.batches(0, 7), moments, added)
+    for name, values in whole.items():
+        np.testing.assert_array_equal(found[name], values)
+
+
+def test_accumulation_goes_on_where_it_stopped(tmp_path):
+    def engine():
+        return Engine(mixture_pipe(), ["0"], batch=2, progress=False, out=tmp_path / "a")
+
+    first, worked = engine(), []
+
+    def stops(batch):
+        if batch.index == 2:
+            raise KeyboardInterrupt
+        worked.append(batch.index)
+        return moments(batch)
+
+    with pytest.raises(KeyboardInterrupt), first.working(10, "test"):
+        first.accumulate("m", first.batches(0, 8), stops, added)
+    again = engine()
+    found = again.accumulate("m", again.batches(0, 8), lambda b: (worked.append(b.index), moments(b))[1], added)
+    assert worked == [0, 1, 2, 3] and float(found["n"]) == 8
+    again.kept.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    kept = Checkpoint(tmp_path / "p", {"a": 1})
+    kept.arrays["x"] = np.ones(3)
+    kept.save()
+    assert np.array_equal(Checkpoint(tmp_path / "p", {"a": 1}).arrays["x"], np.ones(3))
+    with pytest.raises(OptionError, match="a differ"):
+        Checkpoint(tmp_path / "p", {"a": 2})
+    (tmp_path / "p").write_bytes((tmp_path / "p").read_bytes()[:-5])
+    with pytest.raises(ArtifactError, match="truncated"):
+        Checkpoint(tmp_path / "p", {"a": 1})
+
+
+# ---------------------------------------------------------------------- verdicts
+def test_verdicts():
+    rng = np.random.default_rng(0)
+    parent = rng.uniform(0.1, 0.3, 64)
+    better = verdict(parent, 0.9 * parent)
+    assert better.helps and better.difference == pytest.approx(-0.1 * parent.mean()) and better.low < better.high < 0
+    assert not verdict(parent, parent).helps and not verdict(parent, 1.1 * parent).helps
+    assert not verdict(parent, parent + rng.normal(0, 0.1, 64)).helps
+    broken = 0.5 * parent
+    broken[3] = np.nan
+    assert not verdict(parent, broken).helps and "no benefit found" in str(verdict(parent, broken))
+    assert better.to_json()["verdict"] == "helps" and isinstance(better, Verdict)
+    with pytest.raises(OptionError, match=f"{FEWEST} pairs"):
+        verdict(parent[:7], parent[:7])
+
+
+def test_the_interval_is_false_about_one_time_in_forty():
+    """No difference but noise: `helps` is one side of a 95 % interval."""
+    rng = np.random.default_rng(1)
+    wrong = sum(verdict(a := rng.normal(1, 0.1, 32), a + rng.normal(0, 0.1, 32)).helps for _ in range(300))
+    assert wrong <= 20
+
+
+def test_errors_are_relative_to_each_teacher():
+    z, target = np.array([[3.0, 4.0], [0.0, 2.0]]), np.array([[3.0, 0.0], [0.0, 1.0]])
+    np.testing.assert_allclose(errors(z, target), [4 / 3, 1.0])
