@@ -17,7 +17,8 @@ from ..core.prediction import Output
 from ..errors import OptionError, PathError, RunError
 
 MATCH = 1e-3  # relative; a fed time further than this from every timestep belongs to another scheduler
-# What pipelines feed: the timestep t itself, t/T, or these reversed (1 - t/T). T: training steps.
+# What pipelines feed: the timestep t itself, t/T, or these reversed. T: training steps. The first that fits is meant:
+# near the ends of a run a rounded time may fit in two.
 FORMS: dict[str, Callable[[float, float], float]] = {
     "t": lambda t, T: t,
     "t/T": lambda t, T: t * T,
@@ -150,13 +151,26 @@ class Clock:
             )
         run = Run(scheduler, timesteps, len(timesteps), step, step)
         if _on_host(timestep):
-            found, run.form = position(timesteps, timestep, _training_steps(scheduler), None)
-            if found != step:
+            due, training = float(timesteps[step]), _training_steps(scheduler)
+            run.form = form_of_time(timestep, due, training)
+            if run.form is None:
                 raise RunError(
-                    f"the model is fed {_number(timestep):g}, which is timestep {found} of {type(scheduler).__name__}, "
-                    f"while the scheduler is at step {step}. Is another pipeline using this denoiser?"
+                    f"the model is fed {_number(timestep):g}, but {type(scheduler).__name__} is at step {step}, where "
+                    f"its timestep is {due:g}. Is another pipeline using this denoiser?"
                 )
         return run
+
+
+def form_of_time(timestep: Any, due: float, training: float) -> str | None:
+    """The form in which `timestep` is the timestep `due`; None if it is in none."""
+    value, most = _number(timestep), _tolerance(timestep) * max(1.0, abs(due))
+    return next((name for name, form in FORMS.items() if abs(form(value, training) - due) <= most), None)
+
+
+def _tolerance(timestep: Any) -> float:
+    """Pipelines round what they feed to the dtype of the model."""
+    rounded = isinstance(timestep, torch.Tensor) and timestep.is_floating_point()
+    return max(MATCH, torch.finfo(timestep.dtype).eps) if rounded else MATCH
 
 
 def position(timesteps: torch.Tensor, timestep: Any, training: float, form: str | None) -> tuple[int, str]:
@@ -173,18 +187,15 @@ def position(timesteps: torch.Tensor, timestep: Any, training: float, form: str 
         if shared and 0 <= place < len(timesteps):
             return place, "t"
     value, known = _number(timestep), timesteps.tolist()
-    found: list[tuple[float, int, str]] = []
     for name in FORMS if form is None else [form]:
         t = FORMS[name](value, training)
         gaps = [abs(t - k) / max(1.0, abs(k)) for k in known]
-        found.append((min(gaps), gaps.index(min(gaps)), name))
-    gap, index, name = min(found)
-    if gap > MATCH:
-        raise RunError(
-            f"the model is fed {value:g}, which is none of the scheduler's timesteps {known[:3]}... in any of the "
-            f"forms {', '.join(FORMS)}; is another pipeline using this denoiser?"
-        )
-    return index, name
+        if min(gaps) <= _tolerance(timestep):
+            return gaps.index(min(gaps)), name
+    raise RunError(
+        f"the model is fed {value:g}, which is none of the scheduler's timesteps {known[:3]}... in any of the forms "
+        f"{', '.join(FORMS)}; is another pipeline using this denoiser?"
+    )
 
 
 def _on_host(timestep: Any) -> bool:
@@ -192,7 +203,8 @@ def _on_host(timestep: Any) -> bool:
 
 
 def _number(timestep: Any) -> float:
-    return float(timestep.reshape(-1)[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+    # the last one: where tokens have times of their own, those of given frames come first and are 0
+    return float(timestep.reshape(-1)[-1]) if isinstance(timestep, torch.Tensor) else float(timestep)
 
 
 def _training_steps(scheduler: Any) -> float:

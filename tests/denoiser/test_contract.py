@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 import diffaccel as da
-from diffaccel.denoiser.clock import Clock, levels_of, position
+from diffaccel.denoiser.clock import Clock, form_of_time, levels_of, position
 from diffaccel.denoiser.contract import DenoiserHook, Signature, attach, detach, form_of, unpacked
 from diffaccel.errors import OptionError, RunError
 from diffaccel.schedulers import TableScheduler
@@ -58,7 +58,14 @@ def test_forms_of_time(fed, form):
     timesteps = torch.tensor([999.0, 750.0, 430.0, 120.5])
     for i, t in enumerate(timesteps):
         assert position(timesteps, fed(t.clone()), 1000.0, None if i == 0 else form)[0] == i
+        assert form_of_time(fed(t.clone()), float(t), 1000.0) == form
+        assert form_of_time(torch.tensor(333.3), float(t), 1000.0) is None
     assert position(timesteps, fed(timesteps[1].clone()), 1000.0, None) == (1, form)
+
+
+def test_times_are_rounded_to_the_dtype_of_the_model():
+    for t in (753.1, 999.0, 17.3):
+        assert form_of_time(torch.tensor(t / 1000, dtype=torch.bfloat16), t, 1000.0) == "t/T"
 
 
 def test_an_element_of_the_timesteps_is_not_read(monkeypatch):
