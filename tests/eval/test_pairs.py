@@ -9,6 +9,7 @@ from eval_nets import coloured
 
 from diffaccel.errors import OptionError
 from diffaccel.eval import paired, paired_difference
+from diffaccel.eval.pairs import ssim
 
 T = coloured(40, 1, size=32)
 
@@ -42,10 +43,22 @@ def test_a_missing_package_is_a_reason_in_the_column(monkeypatch: pytest.MonkeyP
     from diffaccel.eval import pairs
 
     found = importlib.util.find_spec
-    absent = ("lpips", "torchvision", "torchmetrics")
+    absent = ("lpips", "torchvision")
     monkeypatch.setattr(pairs.importlib.util, "find_spec", lambda name: None if name in absent else found(name))
     s = paired(noisy(5), T).summary()
-    assert s["lpips"].startswith("not installed") and s["ssim"].startswith("not installed") and s["psnr"] > 20
+    assert s["lpips"].startswith("not installed") and s["ssim"] > 0.5 and s["psnr"] > 20
+
+
+@pytest.mark.parametrize("height, width", [(11, 11), (32, 32), (40, 23)])
+def test_ssim_equals_torchmetrics(height: int, width: int) -> None:
+    from torchmetrics.functional.image import structural_similarity_index_measure as theirs
+
+    g = torch.Generator().manual_seed(0)
+    a = torch.randint(0, 256, (5, 3, height, width), dtype=torch.uint8, generator=g)
+    b = (a.int() + torch.randint(-40, 41, a.shape, generator=g)).clamp(0, 255).to(torch.uint8)
+    a[3], b[3], a[4], b[4] = 255, 255, 255, 0  # flat: alike, and not
+    want = theirs(a.double() / 255, b.double() / 255, data_range=1.0, reduction="none")
+    assert ssim(a, b) == pytest.approx(want.numpy(), abs=1e-12) and float(ssim(a, b)[3]) == pytest.approx(1)
 
 
 def test_difference() -> None:
