@@ -126,7 +126,7 @@ def test_refusals(wrapped):
     with pytest.raises(ArtifactError, match="advises no skip"):
         da.teleport(pipe, other)
     with pytest.raises(OptionError, match="skip_to must lie between"):
-        da.teleport(pipe, artifact, skip_to=1e9)
+        da.teleport(pipe, artifact, skip_to=1e-9)
     with pytest.raises(ArtifactError, match="kind 'gauss'"):
         da.teleport(pipe, Artifact("dc", {}, {}))
     with pytest.raises(ArtifactError, match="another path"):
