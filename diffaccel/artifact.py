@@ -115,7 +115,7 @@ class Artifact:
 
         path = FilePath(path)
         head = {"kind": self.kind, "format": FORMAT, "library_version": __version__, "sha256": self.sha256}
-        data = serialize(self.tensors, metadata={KEY: json.dumps(head | {"meta": self.meta}, sort_keys=True)})
+        data = serialize(self.tensors, metadata={KEY: json.dumps(head | {"meta": self.meta})})
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:

@@ -20,7 +20,7 @@ from ..samplers.registry import get
 from ..schedulers import TableScheduler
 from .captured import Captured
 from .cpr import fit_cpr
-from .dc_search import EVALUATIONS, TEACHER, Search, Student, refined, teacher_states
+from .dc_search import BOUNDS, EVALUATIONS, TEACHER, Search, Student, refined, teacher_states
 from .engine import Batch, Engine
 from .validate import FEWEST, STOCK, best_stock, ends, errors, over_processes, verdict
 
@@ -39,6 +39,7 @@ def dc(
     pairs: int = 16,
     held_out: int = 32,
     teacher_calls: int = 100,
+    bounds: tuple[float, float] = BOUNDS,
     call: Mapping[str, Any] | None = None,
     batch: int = 8,
     seed: int = 0,
@@ -62,6 +63,7 @@ def dc(
         grid, grid_options, final_sigmas_type: as in `TableScheduler`; ratios belong to one grid.
         pairs: calibration images. held_out: images for validation.
         teacher_calls: of the teacher (exact Adams, order 3), about.
+        bounds: of a ratio.
         call: further arguments of the pipeline's call.
         batch: images in one pass.
         seed: of the first image.
@@ -71,6 +73,8 @@ def dc(
     Raises:
         OptionError: an unknown sampler or option, or too few images.
     """
+    if not (len(bounds) == 2 and bounds[0] < 1 < bounds[1]):
+        raise OptionError(f"bounds are two numbers around 1, got {bounds!r}")
     name = PARENTS[one_of("sampler", sampler, PARENTS)]
     parent = get(sampler)
     complete = parent.options(options)
@@ -91,6 +95,7 @@ def dc(
         "options": complete,
     }
     settings |= {"dc_order": dc_order, "pairs": pairs, "held_out": held_out, "teacher": teacher_calls, **placed}
+    settings["bounds"] = list(bounds)
     settings["model"] = model_identity(pipe)
     engine = Engine(
         pipe, prompts, call=call, batch=batch, seed=seed, out=out, settings=settings, progress=progress, world=world
@@ -106,7 +111,7 @@ def dc(
             for n in calls:
                 nodes, shape = _nodes(engine, config, n)
                 student = Student(name, sampler, complete, dc_order, config, nodes)
-                rho, run = _run(engine, student, scale, pairs, teacher_calls, held)
+                rho, run = _run(engine, student, scale, pairs, teacher_calls, bounds, held)
                 j = len(runs)
                 tensors[f"ratios_{j}"] = np.array(rho)
                 tensors[f"t_{j}"] = np.array([node.t for node in nodes[:-1]])
@@ -188,13 +193,19 @@ def _held_out(
 
 
 def _run(
-    engine: Engine, student: Student, guidance: float | None, pairs: int, teacher_calls: int, held_out: Held
+    engine: Engine,
+    student: Student,
+    guidance: float | None,
+    pairs: int,
+    teacher_calls: int,
+    bounds: Any,
+    held_out: Held,
 ) -> tuple[list[float], dict[str, Any]]:
     """Search and validation of one number of calls: the ratios to ship, and what is known of them."""
     n, tag = len(student), f"g{guidance}/N{len(student)}"
     batches, (held, last) = engine.batches(0, pairs), held_out
     teacher = teacher_states(engine, f"{tag}/teacher", batches, student, teacher_calls)
-    search = Search(engine, tag, student, batches, teacher)
+    search = Search(engine, tag, student, batches, teacher, bounds)
     rho = search.ratios()
     target = teacher[:, -1]
     with_ = over_processes(engine, f"{tag}/train", errors(np.concatenate([z.numpy() for z in search.ends]), target))

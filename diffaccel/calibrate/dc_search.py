@@ -157,11 +157,19 @@ class Search:
         student: the sampler.
         batches: calibration images of this process.
         teacher: their `teacher_states`, (n, N + 1, ...).
+        bounds: of a ratio.
     """
 
     def __init__(
-        self, engine: Engine, tag: str, student: Student, batches: Sequence[Batch], teacher: np.ndarray
+        self,
+        engine: Engine,
+        tag: str,
+        student: Student,
+        batches: Sequence[Batch],
+        teacher: np.ndarray,
+        bounds: tuple[float, float] = BOUNDS,
     ) -> None:
+        self.bounds = bounds
         self.engine, self.tag, self.student, self.batches = engine, tag, student, batches
         edges = np.cumsum([0, *map(len, batches)])
         self.targets = [torch.tensor(teacher[a:b], dtype=torch.float64) for a, b in pairwise(edges)]
@@ -187,7 +195,7 @@ class Search:
 
         plain = loss(1.0)
         limits = {"xatol": TOLERANCE, "maxiter": EVALUATIONS - 1}
-        found = minimize_scalar(loss, bounds=BOUNDS, method="bounded", options=limits)
+        found = minimize_scalar(loss, bounds=self.bounds, method="bounded", options=limits)
         return float(found.x) if found.fun < GAIN * plain else 1.0
 
     def _loss(self, i: int, rho: list[float], raws: list[list[Raw]]) -> float:
