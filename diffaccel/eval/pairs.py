@@ -76,7 +76,10 @@ def _ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         z = torch.nn.functional.pad(z, (_WINDOW // 2,) * 4, mode="reflect")
         for axis in (2, 3):
             inside = z.shape[axis] - _WINDOW + 1
-            z = torch.stack([w * z.narrow(axis, i, inside) for i, w in enumerate(window)]).sum(0)
+            total = torch.zeros(()).to(z)
+            for i, w in enumerate(window):
+                total = torch.add(total, z.narrow(axis, i, inside), alpha=w)
+            z = total
         return z
 
     mx, my = mean(x), mean(y)
