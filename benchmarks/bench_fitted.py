@@ -6,6 +6,11 @@ Fits on its own prompts and noise. Judges on other noise and prompts: 48 images 
 setting that can make exactly that many calls is screened on some of those very images; the best few run on all of them
 and the best is picked after the fact, which favours it. Writes `fitted.json` and `fitted.md`; a result that is in
 `fitted.json` already is not measured again.
+
+    python benchmarks/bench_fitted.py --transfer
+
+Takes the artifacts of the first guidance scale, which the command above left in --work, and runs them at other
+guidance scales, in half precision and at another size, each against its own teacher and the best stock settings there.
 """
 
 from __future__ import annotations
@@ -62,6 +67,22 @@ def few(job: Job, n: int) -> Job:
     return Job(inputs, job.latents[:n])
 
 
+def budget(
+    pipe: Any, artifact: Artifact, calls: int, some: tuple[Any, Any], everything: tuple[Any, Any]
+) -> dict[str, Any]:
+    """Errors of the fitted table and of the best stock settings; `some` and `everything` are jobs and targets."""
+    screened = [(errors(pipe, c, calls, *some), c) for c in compare.stock(pipe.scheduler.config)]
+    ranked = sorted((float(np.median(e)), c.name) for e, c in screened if len(e))
+    best = [name for _, name in ranked[:FINALISTS]]
+    finals = {c.name: errors(pipe, c, calls, *everything) for _, c in screened if c.name in best}
+    mine = errors(pipe, fitted(artifact), calls, *everything)
+    return {
+        "screened": len(ranked),
+        "stock": {name: [round(float(v), 6) for v in e] for name, e in finals.items()},
+        "fitted": [round(float(v), 6) for v in mine],
+    }
+
+
 def setting(name: str, guidance: float, images: int, folder: Path, moves: int) -> dict[str, Any]:
     """One model at one guidance scale."""
     pipe = models.load(name)
@@ -86,20 +107,38 @@ def setting(name: str, guidance: float, images: int, folder: Path, moves: int) -
         "teacher_gap": float(compare.errors(other, target).median()),
     }  # fmt: skip
     for calls in CALLS:
-        screened = [(errors(pipe, c, calls, [small], [target]), c) for c in compare.stock(config)]
-        ranked = sorted((float(np.median(e)), c.name) for e, c in screened if len(e))
-        names = [name for _, name in ranked[:FINALISTS]]
-        finals = {c.name: errors(pipe, c, calls, jobs, targets) for _, c in screened if c.name in names}
-        mine = errors(pipe, fitted(artifact), calls, jobs, targets)
-        report["budgets"][str(calls)] = {
-            "screened": len(ranked),
-            "stock": {name: [round(float(v), 6) for v in e] for name, e in finals.items()},
-            "fitted": [round(float(v), 6) for v in mine],
-        }
+        found = budget(pipe, artifact, calls, ([small], [target]), (jobs, targets))
+        report["budgets"][str(calls)] = found
         line = summary(report["budgets"][str(calls)])
         print(f"  {calls}: median {line['median'][0]:.3f}, RMSE {line['rmse'][0]:.3f}", flush=True)
     report["seconds"] = round(time.perf_counter() - start, 1)
     return report
+
+
+TRANSFER_CALLS = 8
+TRANSFERS: dict[str, dict[str, Any]] = {
+    "as fitted": {}, "guidance 1": {"guidance": 1.0}, "guidance 2.5": {"guidance": 2.5},
+    "guidance 7": {"guidance": 7.0}, "bfloat16": {"dtype": torch.bfloat16}, "64 x 64 pixels": {"size": 64},
+}  # fmt: skip
+
+
+def transfer(name: str, guidance: float, images: int, folder: Path) -> dict[str, Any]:
+    """One artifact under other conditions than those of its fit; images are those of the first seed."""
+    artifact = Artifact.load(folder / f"fitted-{name}-{guidance:g}.safetensors", "fit")
+    found = {}
+    for what, change in TRANSFERS.items():
+        pipe = models.load(name, torch_dtype=change.get("dtype"))
+        pipe.set_progress_bar_config(disable=True)
+        scale, size = change.get("guidance", guidance), change.get("size", 32)
+        job = compare.job_for(pipe, name, images, SEEDS[0], guidance=scale, size=size)
+        exact = models.load(name)
+        exact.set_progress_bar_config(disable=True)
+        target = compare.run(exact, compare.ours("dpmpp", "uniform_lambda", order=2), TEACHER_CALLS, job)
+        job = Job(job.inputs, job.latents.to(pipe.dtype))
+        small, goal = few(job, SCREENED), compare.Outcome(target.latents[:SCREENED], TEACHER_CALLS, 0.0)
+        found[what] = budget(pipe, artifact, TRANSFER_CALLS, ([small], [goal]), ([job], [target]))
+        print(f"{name} {what}: {summary(found[what])['median']}", flush=True)
+    return found
 
 
 # ---------------------------------------------------------------------- numbers
@@ -172,6 +211,26 @@ def page(results: dict[str, Any], images: int) -> str:
     return "\n".join(lines)
 
 
+def transfer_page(results: dict[str, Any], guidance: float, images: int) -> str:
+    """The Markdown page of `--transfer`."""
+    lines = [
+        "# Fitted tables under other conditions than those of their fit",
+        "",
+        f"Measured by `python benchmarks/bench_fitted.py --transfer`: {TRANSFER_CALLS} calls, tables fitted at "
+        f"guidance {guidance:g}, float32, 32 x 32 pixels; {images} images. Each row has its own teacher (float32) and "
+        "its own best stock setting. Ratios: fitted / best stock, with 95 % intervals.",
+        "",
+        "| model | condition | best stock | ratio of medians | ratio of RMSE | images improved |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, rows in results.items():
+        for what, found in rows.items():
+            row = summary(found)
+            cells = [name, what, row["stock"], _ratio(row["median"]), _ratio(row["rmse"]), _ratio(row["improved"])]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Run what is missing, write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -181,10 +240,16 @@ def main() -> None:
     parser.add_argument("--moves", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--work", type=Path, default=Path("fitted-artifacts"), help="for artifacts and partial fits")
+    parser.add_argument("--transfer", action="store_true", help="the artifacts under other conditions")
     args = parser.parse_args()
     torch.set_num_threads(1)
     file = args.out / "fitted.json"
     results = json.loads(file.read_text())["results"] if file.exists() else {}
+    if args.transfer:
+        moved = {name: transfer(name, args.guidance[0], args.images, args.work) for name in args.models}
+        (args.out / "fitted_transfer.json").write_text(json.dumps({"calls": TRANSFER_CALLS, "results": moved}) + "\n")
+        (args.out / "fitted_transfer.md").write_text(transfer_page(moved, args.guidance[0], args.images))
+        return
     for guidance in args.guidance:
         for name in args.models:
             key = f"{name} {guidance:g}"

@@ -14,7 +14,7 @@ from ..core.path import Nodes
 from ..errors import OptionError, one_of
 from .fit_guard import Errors, Judgement, judge, relative
 from .fit_rows import Gram, spread
-from .fit_run import Runner, Teacher, analytic, batches, fit_rows, start_rows, student, teach
+from .fit_run import Runner, Teacher, analytic, batches, fit_once, fit_rows, start_rows, student, teach
 from .grid import AUTO, GRIDS, choose, descend, teacher_nodes
 
 Tensors = dict[str, np.ndarray]
@@ -34,7 +34,7 @@ class Plan:
         order: predictions that a row combines, 1 to 4.
         ridge: relative weight of the pull to the analytic rows.
         grids: candidates; the best by cross-validation is taken.
-        moves: how many changes of its nodes are then tried, each kept if cross-validation finds it
+        moves: how many changes of its nodes are then tried, and kept if cross-validation finds them
             better; none where the teacher's states do not fit in memory.
         channels: a coefficient for each channel: True, False, or "auto": what cross-validation finds better.
         rounded: nodes at whole training steps, for models that embed integers.
@@ -84,12 +84,13 @@ class Plan:
             twice: whether the teacher runs a second time, because its states do not fit in memory.
         """
         s, k = self.samples, self.teacher_steps
-        half, moves = s // 2, 0 if twice else self.moves
-        trials = len(self.grids) + moves + (self.channels == "auto")
+        half, moves, once = s // 2, 0 if twice else self.moves, s <= batch
+        trials = len(self.grids) + (self.channels == "auto") + (moves > 0 if once else moves)
         total = (k + 1) * (s * (1 + twice) + self.holdout) + 2 * (k // 2 + 1)
         for n in self.calls:
             for part in (half, s - half) if trials > 1 else ():
                 total += trials * (_row_calls(n, part, batch) + n * part)
+            total += n * s * (moves + 1) if once and moves else 0
             total += _row_calls(n, s, batch) + n * s + n * self.holdout * (3 + rivals + 1)
         return total
 
@@ -231,14 +232,38 @@ class Fitting:
             report["one coefficient for all channels"] = float(f"{alike:.4g}")
             groups, best = ((), alike) if alike <= best else (groups, best)
         if moves:
-            score = partial(self.validated, groups=groups)
-            chosen, moved, tried = descend(chosen, best, score, self.teacher.gram.size, moves)
-            report["moved nodes"] = {"from": float(f"{best:.4g}"), "to": float(f"{moved:.4g}"), "tried": tried}
+            chosen, report["moved nodes"] = self._moved(chosen, best, groups, moves)
         nodes = self.teacher.at(chosen)
         w = self._rows(self.inputs, chosen, groups)
         start = start_rows(self.teacher.gram, nodes, chosen, self.plan.order, self.plan.ridge)
         report["coefficients"] = "one for each channel" if groups else "one for all channels"
         return self._judged(calls, Fitted(nodes, w, spread(start, groups), report))
+
+    def _moved(
+        self, chosen: list[int], best: float, groups: tuple[int, ...], moves: int
+    ) -> tuple[list[int], dict[str, Any]]:
+        """Better nodes near `chosen`, if cross-validation agrees, and what was tried.
+
+        Inputs of one batch are scored in the very pass that fits their rows, which costs half of a cross-validation.
+        """
+        once = len(self.inputs) <= self.runner.batch
+        score = partial(self._calibrated if once else self.validated, groups=groups)
+        start = score(chosen) if once else best
+        found, _, tried = descend(chosen, start, score, self.teacher.gram.size, moves)
+        value = self.validated(found, groups)
+        report = {"from": float(f"{best:.4g}"), "to": float(f"{value:.4g}"), "tried": tried}
+        return (found if value < best else chosen), report
+
+    def _calibrated(self, chosen: Sequence[int], groups: tuple[int, ...]) -> float:
+        """Geometric mean of the errors of the very inputs that the rows are fitted to."""
+        nodes, target, plan = self.teacher.at(chosen), self.teacher.target(chosen), self.plan
+
+        def compute() -> Tensors:
+            options: dict[str, Any] = {"order": plan.order, "ridge": plan.ridge, "groups": groups}
+            _, images = fit_once(self.runner, self.inputs, nodes, target, **options)
+            return {"e": relative(images, self._images(self.inputs))}
+
+        return Errors("", self.memo(f"once/{_key(chosen, groups)}", compute)["e"]).geometric
 
     def _candidates(self, calls: int) -> dict[str, list[int]]:
         own = self.own(calls)

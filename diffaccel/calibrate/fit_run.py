@@ -195,21 +195,11 @@ def fit_rows(
     Returns:
         (N, order + 1, *groups) for normalised states.
     """
-    base = analytic(nodes, order)
-    w, parts = spread(base, groups), batches(inputs, runner.batch)
-
-    def solve(i: int, products: np.ndarray) -> None:
-        m = products.shape[1]
-        w[i, :m] = solved(products, ridge, base[i, :m], groups)
-
+    parts = batches(inputs, runner.batch)
     if len(parts) == 1:
-
-        def at_once(i: int, features: list[np.ndarray]) -> bool:
-            solve(i, moments(features, target(i, parts[0]), groups))
-            return True
-
-        student(runner, parts[0], nodes, w, at_once)
-        return w
+        return fit_once(runner, inputs, nodes, target, order=order, ridge=ridge, groups=groups)[0]
+    base = analytic(nodes, order)
+    w = spread(base, groups)
     for i in range(len(nodes) - 1):
         found: list[np.ndarray] = []
         for part in parts:
@@ -220,8 +210,34 @@ def fit_rows(
                 return k < i
 
             student(runner, part, nodes, w, until)
-        solve(i, np.sum(found, axis=0) / len(inputs))
+        products = np.sum(found, axis=0) / len(inputs)
+        m = products.shape[1]
+        w[i, :m] = solved(products, ridge, base[i, :m], groups)
     return w
+
+
+def fit_once(
+    runner: Runner,
+    inputs: Sequence[int],
+    nodes: Nodes,
+    target: Target,
+    *,
+    order: int,
+    ridge: float,
+    groups: tuple[int, ...],
+) -> tuple[np.ndarray, np.ndarray]:
+    """`fit_rows` for inputs of one batch, in one pass; also the images that it ends with."""
+    base = analytic(nodes, order)
+    w = spread(base, groups)
+
+    def seen(i: int, features: list[np.ndarray]) -> bool:
+        m = len(features)
+        w[i, :m] = solved(moments(features, target(i, inputs), groups), ridge, base[i, :m], groups)
+        return True
+
+    images = student(runner, inputs, nodes, w, seen)
+    assert images is not None
+    return w, images
 
 
 def analytic(nodes: Nodes, order: int) -> np.ndarray:
