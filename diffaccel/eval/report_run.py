@@ -191,6 +191,10 @@ def _warnings(plan: Plan, found: Sequence[Row]) -> list[str]:
             lines.append(f"{name}: {own['duplicates']} of {own['images']} images are duplicates")
         for warning in (own["fid"] or {}).get("warnings", ()):
             lines.append(f"{name}: {warning}")
+    for key in ("diffaccel", "diffusers", "torch"):
+        versions = {c[key] for row in found for c in row.counted if key in c}
+        if len(versions) > 1:
+            lines.append(f"blocks were made with different versions of {key}: {', '.join(sorted(versions))}")
     seconds = [r.summary["seconds"] for r in found]
     lines += sorted({s for s in seconds if isinstance(s, str) and "machines" in s})
     if any(isinstance(s, dict) and not s["warm"] for s in seconds):

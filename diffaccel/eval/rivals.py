@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +35,11 @@ class Setting:
     @property
     def recipe(self) -> dict[str, Any]:
         """All that its images depend on, plain JSON."""
-        config = plain_config(self.scheduler)
-        return {"class": type(self.scheduler).__name__, "config": config, "ramp": self.ramp}
+        kind, config = type(self.scheduler), plain_config(self.scheduler)
+        found = {"class": kind.__name__, "config": config, "ramp": self.ramp}
+        if kind.__module__.partition(".")[0] not in ("diffusers", "diffaccel"):
+            found["source"] = _source(kind)  # a class that is being worked on: its version says nothing
+        return found
 
     def steps(self, calls: int) -> int | None:
         """`num_inference_steps` that makes `calls` model calls, or the most calls below (what was made is counted in
@@ -44,6 +49,14 @@ class Setting:
             return calls
         fits = {made: steps for steps, made in near.items() if made <= calls}
         return fits[max(fits)] if fits else None
+
+
+def _source(kind: type) -> str | None:
+    """Hash of a class's code; None where Python does not know it (a notebook's, sometimes)."""
+    try:
+        return hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()[:12]
+    except (OSError, TypeError):
+        return None
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:

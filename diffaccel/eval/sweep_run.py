@@ -91,14 +91,15 @@ def sweep(
         RunError: a batch failed; the message names it.
     """
     drawing()  # what the report needs is missed before hours are spent
-    world = world or SoloWorld(getattr(pipe, "device", "cpu"))
+    device = torch.device(pipe.device)
+    world = world or SoloWorld(device)
     driver = Driver(pipe, options or {}, world.check)
     texts = driver.key == "prompt"
     given = _prompts(pipe, prompts, texts)
     _check(calls, images, block, batch, teacher_calls, teacher_images)
     settings, notes = _settings(pipe, schedulers, stock, driver.takes_sigmas)
     last = stock_teacher(pipe.scheduler) if teacher is None else Setting("teacher", teacher)
-    meter = Meter.open(reference, features, weights, clip if texts else None, str(world.device))
+    meter = Meter.open(reference, features, weights, clip if texts else None, str(device))
     if not texts:
         notes.append("class labels instead of texts: no CLIP score")
     elif clip is None:
@@ -108,7 +109,7 @@ def sweep(
         "weights": fingerprint(pipe),
         "options": driver.options,
         "dtype": str(pipe.dtype).removeprefix("torch."),
-        "device": world.device.type,
+        "device": device.type,
         "seed": seed,
         "block": block,
         "batch": batch,
@@ -130,7 +131,7 @@ def sweep(
             features=meter.features,
             clip=meter.clip,
             notes=notes,
-            environment=environment(world.device),
+            environment=environment(device),
             command=command,
         )
         same_on_all(world, "sweep", json.loads(json.dumps(asdict(plan))))
@@ -327,7 +328,7 @@ def paint(driver: Driver, setting: Setting, cell: Cell, plan: Plan, block: Block
         "inside": sum(run.inside for run in made) / len(block),
         "noisy": any(run.noisy for run in made),
         "first": first,
-        "device": environment(torch.device(driver.pipe.device))["device"],
+        **environment(torch.device(driver.pipe.device)),
         "bad": [block.first + i for i, flaw in enumerate(flaws) if flaw],
     }
     arrays = {"images": np.stack(pixels), "counted": np.array(json.dumps(counted))}

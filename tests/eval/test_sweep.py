@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteSc
 from diffaccel import models
 from diffaccel.errors import DiffaccelError, OptionError, RunError
 from diffaccel.eval import cells, report, sweep, sweep_run
+from diffaccel.eval.rivals import Setting
 from diffaccel.models.pixel import ClassConditionalPipeline
 from diffaccel.parallel import folder
 
@@ -210,6 +211,22 @@ def test_another_option_makes_new_cells_and_more_images_go_on(pipe, tmp_path, mo
         found = run(pipe, tmp_path / "out", **few, options={"guidance_scale": 1.0})
     assert {name for _, name in other} == {"000000-000007"} and len(other) == len(added)
     assert found.missing == [] and {r["images"] for r in found.data["rows"]} == {8}
+
+
+def test_other_versions_are_a_warning(pipe, tmp_path, monkeypatch):
+    few = {"teacher_calls": 0, "images": 8, "stock": ["own"]}
+    assert not any("versions" in w for w in run(pipe, tmp_path / "out", **few).data["warnings"])
+    monkeypatch.setattr("diffaccel.__version__", "99.0")
+    found = run(pipe, tmp_path / "out", **{**few, "images": 16})
+    assert any(w.startswith("blocks were made with different versions of diffaccel: ") for w in found.data["warnings"])
+
+
+def test_a_scheduler_that_is_being_worked_on_makes_new_cells(pipe):
+    """Its class and config stay the same while its code changes."""
+    config = pipe.scheduler.config
+    one, other = (Setting("x", kind.from_config(config)).recipe["source"] for kind in (Copy, Noisy))
+    assert one and other and one != other
+    assert "source" not in Setting("x", pipe.scheduler).recipe
 
 
 def test_a_damaged_block_is_made_again(pipe, tmp_path, monkeypatch):
