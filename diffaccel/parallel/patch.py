@@ -129,7 +129,7 @@ class PatchHook(ModelHook):
             lambda rank: self._part(Group(rank, self.world.size, halves), arguments, branch, late, step)
         )
         self.tally.calls += 1
-        self.tally.late += late
+        self.tally.late += late and self.world.size > halves
         if self.world.device.type not in ("cpu", "meta"):
             self._event = torch.Event(self.world.device.type)
             self._event.record()

@@ -146,6 +146,8 @@ class PatchParallel:
             f"({', '.join(f'{n} {kind}' for kind, n in found.waits.items())}); messages to a rank: {found.messages}",
             f"memory for late keys and values: {found.memory / 1e6:.1f} MB",
         ]
+        if patches == 1:
+            lines.append("each rank has a whole image, so the mode makes no difference here (guidance='patches' would)")
         if found.ulysses is not None:
             lines.append(
                 f"diffusers' context parallelism (Ulysses; exact) would receive {found.ulysses / 1e6:.1f} MB: where "

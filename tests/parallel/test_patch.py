@@ -328,12 +328,13 @@ def decisions():
 
 
 def test_calls_are_late_after_the_warm_up_and_never_across_runs(decisions):
-    _, log = decisions
+    hook, log = decisions
     for t in (1.0, 0.9, 0.8, 0.7):
         call(model("sd15"), 16, 12, 2, t)
     assert log == [("0", 0, False), ("0", 1, False), ("0", 2, True), ("0", 3, True)]
     log.clear()
     call(model("sd15"), 16, 12, 2, 0.8)  # the noise rises
+    assert hook.tally.calls == 1
     call(model("sd15"), 16, 12, 1, 0.7)  # another batch
     log.run = object()  # another run, that happens to begin below
     call(model("sd15"), 16, 12, 1, 0.6)
