@@ -218,20 +218,30 @@ def attach(module: torch.nn.Module, hook: ModelHook, name: str) -> None:
     if registry.get_hook(name) is not None:
         raise OptionError(f"this denoiser has the hook {name!r} already; remove() the other handle first")
     registry.register_hook(hook, name)
+    hook.entrance = module.forward
 
 
 def detach(module: torch.nn.Module, name: str) -> None:
-    """Remove a hook; a module without others is then what it was."""
+    """Remove a hook; a module without others is then what it was. What was put around it stays."""
     registry = getattr(module, "_diffusers_hook", None)
-    if registry is None:
+    hook = None if registry is None else registry.get_hook(name)
+    if registry is None or hook is None:
         return
+    around = module.forward if module.__dict__.get("_old_forward") is hook.entrance else None
     registry.remove_hook(name, recurse=False)
+    if around is not None:  # accelerate's, which calls `_old_forward`
+        module.__dict__.update(_old_forward=module.forward, forward=around)
+        return
     if not registry.hooks and getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
         del module.__dict__["forward"]
         del module._diffusers_hook
 
 
-def hooked(module: torch.nn.Module, name: str) -> bool:
-    """Whether a module has the hook `name`."""
+def outermost(module: torch.nn.Module, name: str) -> bool:
+    """Whether the hook `name` is called before everything else that was put around the module."""
     registry = getattr(module, "_diffusers_hook", None)
-    return registry is not None and registry.get_hook(name) is not None
+    hook = None if registry is None else registry.get_hook(name)
+    if registry is None or hook is None or registry._hook_order[-1] != name:
+        return False
+    # accelerate keeps what it replaced in `_old_forward`
+    return getattr(module, "_old_forward", None) is None or module.forward is getattr(hook, "entrance", None)

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import OptionError, RunError
 from .clock import Clock, Run
-from .contract import attach, denoisers, detach
+from .contract import attach, denoisers, detach, outermost
 from .extrapolation_hook import ExtrapolationHook
 from .extrapolation_report import Report
 from .extrapolation_settings import Skip, settings
@@ -131,6 +131,11 @@ class Extrapolation:
             self._local.timesteps = run.timesteps
             self._local.report = Report(self._settings.name, first=run.step)
             self._latest = self._local.report
+            if any(not outermost(module, NAME) for module in self._modules):
+                self._local.report.note(
+                    "something was put around the model after extrapolate (another hook, offloading): it works on "
+                    "skipped steps, too; call extrapolate last"
+                )
         report: Report = self._local.report
         return report
 

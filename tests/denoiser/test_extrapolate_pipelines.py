@@ -7,7 +7,8 @@ import itertools
 import hooked_runs as runs
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FirstBlockCacheConfig, HeunDiscreteScheduler
 
 import diffaccel as da
 from diffaccel.denoiser.extrapolation_hook import ExtrapolationHook
@@ -119,7 +120,7 @@ def test_a_static_pattern_is_the_scheduler_without_a_hook():
     pipe.scheduler = TableScheduler.from_config(config, sampler="ddim")
     for quantity in ("output", "eps"):
         with da.extrapolate(pipe, "h2/s2", quantity=quantity):
-            assert gap(runs.run(pipe, "sd15", steps=14), wanted) < 1e-5
+            assert gap(runs.run(pipe, "sd15", steps=14), wanted) < 1e-6
     with da.extrapolate(pipe, "h2/s2", quantity="x0"):
         assert gap(runs.run(pipe, "sd15", steps=14), wanted) > 1e-5
 
@@ -344,6 +345,43 @@ def test_rejected_predictions_become_calls():
         plain = runs.run(pipe, "sd15")
     assert len(seen) == 14 and handle.report().refusals == {"too large": 3}
     assert torch.equal(plain, runs.run(pipe, "sd15"))
+
+
+def test_with_hooks_of_others():
+    """Offloading before: inside, and spared by a skip. After: outside, said in the report, and left in place."""
+    pipe = runs.made("sd15")
+    wanted = runs.run(pipe, "sd15")
+    with da.extrapolate(pipe):
+        skipped = runs.run(pipe, "sd15")
+    add_hook_to_module(pipe.unet, Noting())
+    with da.extrapolate(pipe) as handle:
+        assert torch.equal(runs.run(pipe, "sd15"), skipped)
+    assert handle.report().notes == [] and pipe.unet._hf_hook.calls == 11
+    assert torch.equal(runs.run(pipe, "sd15"), wanted) and pipe.unet._hf_hook.calls == 25
+    remove_hook_from_module(pipe.unet)
+    with da.extrapolate(pipe) as handle:
+        add_hook_to_module(pipe.unet, Noting())
+        assert torch.equal(runs.run(pipe, "sd15"), skipped)
+    assert "call extrapolate last" in handle.report().notes[0] and pipe.unet._hf_hook.calls == 14
+    assert torch.equal(runs.run(pipe, "sd15"), wanted) and pipe.unet._hf_hook.calls == 28
+
+
+class Noting(ModelHook):
+    """What accelerate's offloading is to a model: something that happens at every call."""
+
+    calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+def test_a_block_cache_of_diffusers_works_inside():
+    pipe = runs.made("flux-cfg")
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.05))
+    with runs.counted(pipe.transformer) as seen, da.extrapolate(pipe) as handle:
+        image = runs.run(pipe, "flux-cfg")
+    assert image.isfinite().all() and len(seen) == 22 and handle.report().notes == []
 
 
 def test_notes_say_what_limits_the_result():
