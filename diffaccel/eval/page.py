@@ -224,18 +224,17 @@ def _tr(row: Mapping[str, Any], values: Mapping[str, Any], top: Mapping[str, flo
 
 def _worth(report: Mapping[str, Any]) -> str:
     lines = []
-    for one in [*report["separation"], None, *report["fewer"]]:
-        if one is None:
-            lines.append('<tr class=group><td colspan="5">next fewer calls</td></tr>')
-            continue
-        lines.append(
-            f"<tr><td>{escape(one['name'])}</td><td>{one['calls']} against {one['against']}</td>"
-            + "".join(f"<td>{_difference(one[k])}</td>" for k in ("fid", "psnr", "clip"))
-            + "</tr>"
-        )
+    for head, key in (("most against fewest calls", "separation"), ("next fewer calls", "fewer")):
+        if report[key]:
+            lines.append(f'<tr class=group><td colspan="5">{head}</td></tr>')
+        for one in report[key]:
+            values = "".join(f"<td>{_difference(one[k])}</td>" for k in ("fid", "psnr", "clip"))
+            budgets = f"{one['calls']} against {one['against']}"
+            lines.append(f"<tr><td>{escape(one['name'])}</td><td>{budgets}</td>{values}</tr>")
+    if not lines:
+        return "<p>No scheduler was run at two budgets.</p>"
     heads = "<th>scheduler</th><th>calls</th><th>FID better by</th><th>PSNR better by, dB</th><th>CLIP better by</th>"
-    first = '<tr class=group><td colspan="5">most against fewest calls</td></tr>'
-    return f"<div class=wide><table><thead><tr>{heads}</tr></thead><tbody>{first}{''.join(lines)}</tbody></table></div>"
+    return f"<div class=wide><table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
 
 
 def _difference(one: Mapping[str, Any] | None) -> str:

@@ -292,7 +292,7 @@ def _say_how_long(counted: Mapping[str, Any], arrays: Mapping[str, Any], left: S
     images, calls = (sum(f(c, b) for c, b in left) for f in (lambda c, b: len(b), lambda c, b: c.calls * len(b)))
     minutes = counted["seconds"] / counted["calls"] * calls / processes / 60
     bytes_ = sum(a.nbytes for a in arrays.values()) / counted["images"] * images
-    print(f"sweep: about {minutes:.0f} minutes and {bytes_ / 1e6:.0f} MB, judged by the first block", file=sys.stderr)
+    print(f"sweep: about {minutes:.1f} minutes and {bytes_ / 1e6:.0f} MB, judged by the first block", file=sys.stderr)
 
 
 def paint(driver: Driver, setting: Setting, cell: Cell, plan: Plan, block: Block, first: bool) -> dict[str, Any]:
