@@ -2,8 +2,8 @@
 
     python benchmarks/bench_calibrated.py --out docs/results --work calibrated-work [--dc DC-ARTIFACTS] [--fid 500]
 
-Statistics are measured on some seeds, grids and solvers are chosen on others (at the third of the call counts), errors
-are reported on a third set. Only the best stock setting is picked on the reported images, which favours it. Writes
+Statistics are measured on some seeds, grids and solvers are chosen on others (for each number of calls), errors are
+reported on a third set. Only the best stock setting is picked on the reported images, which favours it. Writes
 `calibrated.md` and `calibrated.json`; what is done stays in `--work`, where a run that was stopped goes on.
 """
 
@@ -29,7 +29,6 @@ from diffaccel.eval import frechet
 from diffaccel.schedulers import TableScheduler
 
 CALLS = (5, 6, 8, 10)
-CHOICE_CALLS = 8
 CASES = (("tiny-sd", 4.0), ("tiny-sd", 1.0), ("tiny-flow", 4.0))
 TEACHER_CALLS = 64
 SEEDS = {"calibrate": 5000, "choose": 7000, "report": 8000, "fid": 20000}
@@ -50,14 +49,19 @@ V3 = ({"order": 2, "corrector": None}, {"order": 2, "corrector": "plus"})
 STOCK = (
     "DPM++-2 linspace zero",
     "DPM++-2 trailing zero",
+    "DPM++-2 trailing sigma_min",
     "DPM++-2 karras",
+    "DPM++-2 lu",
     "UniPC-2 linspace zero",
+    "UniPC-2 trailing zero",
     "UniPC-2 karras",
+    "DEIS-2 trailing zero",
     "DEIS-2 karras",
-    "flow Euler, explicit sigmas",
+    "DEIS-2 exponential",
     "DPM++-2 flow zero",
     "UniPC-2 flow zero",
     "DEIS-2 flow zero",
+    "flow Euler (as shipped)",
 )
 
 
@@ -142,30 +146,28 @@ def ours(bench: Bench, sampler: str, options: dict[str, Any], grid: dict[str, An
     return lambda n=0: Captured.of(bench.config, sampler, options, **grid)
 
 
-def best(
-    bench: Bench, label: str, sampler: str, options: list[dict[str, Any]]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(grid, options) with the lowest mean error on the images for choosing."""
+def best(bench: Bench, label: str, sampler: str, options: list[dict[str, Any]], n: int) -> tuple[Any, Any]:
+    """(grid, options) with the lowest mean error at n calls on the images for choosing."""
     found = []
     for grid in GRIDS:
         for option in options:
             words = f"{label}: {shown(grid, {k: v for k, v in option.items() if k != 'statistics'})}"
-            e = bench.errors("choose", words, ours(bench, sampler, option, grid), CHOICE_CALLS)
+            e = bench.errors("choose", words, ours(bench, sampler, option, grid), n)
             found.append((float(e.mean()), len(found), grid, option))
     return min(found, key=lambda f: f[:2])[2:]
 
 
-def rows_of(bench: Bench, made: Artifact, dc: Path | None) -> list[Row]:
-    """All schedulers of ours for one model."""
+def rows_of(bench: Bench, made: Artifact, dc: Path | None, n: int) -> list[Row]:
+    """All schedulers of ours for one model at n calls."""
     rows = []
     for label, ((sampler, options),) in PLAIN.items():
         rows.append(Row(label, "its own grid", ours(bench, sampler, options, {})))
-        grid, _ = best(bench, label, sampler, [options])
+        grid, _ = best(bench, label, sampler, [options], n)
         rows.append(Row(label, shown(grid, {}), ours(bench, sampler, options, grid)))
     ems = Ems(*(made.tensors[k] for k in ("lam", "l", "s", "b")))
     for label, statistics in (("DPM-Solver-v3", ems), ("the same, without statistics", "none")):
         full = [{**o, "statistics": statistics} for o in V3]
-        grid, options = best(bench, label, "dpm_v3", full)
+        grid, options = best(bench, label, "dpm_v3", full, n)
         plain = {k: v for k, v in options.items() if k != "statistics"}
         rows.append(Row(label, shown({}, V3[1]), ours(bench, "dpm_v3", full[1], {})))
         rows.append(Row(label, shown(grid, plain), ours(bench, "dpm_v3", options, grid)))
@@ -198,9 +200,9 @@ def interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
 def report(bench: Bench, dc: Path | None, fid: int) -> dict[str, Any]:
     """Everything of one model at one guidance."""
     made = bench.statistics()
-    mine, stock = rows_of(bench, made, dc), stock_rows(bench)
-    table: list[dict[str, Any]] = []
+    stock, table = stock_rows(bench), []
     for n in CALLS:
+        mine = rows_of(bench, made, dc, n)
         found = {}
         for r in [*mine, *stock]:
             found[r.label, r.setting] = bench.errors("report", f"{r.label}: {r.setting}", r.make, n)
@@ -214,22 +216,22 @@ def report(bench: Bench, dc: Path | None, fid: int) -> dict[str, Any]:
                 "rmse": float(np.sqrt((e**2).mean())), "minus_stock": change,
             })  # fmt: skip
         print(bench.name, bench.guidance, n, "calls done", flush=True)
-    scores = fids(bench, mine, stock, table, fid) if fid else []
+    scores = fids(bench, made, dc, table, fid) if fid else []
     return {
         "model": bench.name, "guidance": bench.guidance, "images": bench.images, "table": table, "fid": scores,
         "receipt": made.receipt, "cost": made.meta["cost"],
     }  # fmt: skip
 
 
-def fids(bench: Bench, mine: list[Row], stock: list[Row], table: list[dict[str, Any]], n: int) -> list[dict[str, Any]]:
+def fids(bench: Bench, made: Artifact, dc: Path | None, table: list[dict[str, Any]], n: int) -> list[dict[str, Any]]:
     """FID (of the features of tiny-fashion) at 6 and 10 calls: the best stock setting, and ours on their best grids."""
     reference = models.reference(32)
     target = frechet.from_moments(reference["mu"], reference["sigma"], reference["n"])
     net, scores = models.features(), []
     for calls in (6, 10):
         top = next(r["setting"] for r in table if r["calls"] == calls and r["method"] == "stock")
-        kept = [r for r in mine if r.setting != "its own grid" and not r.setting.startswith("its own")]
-        kept += [r for r in stock if r.setting == top]
+        kept = [r for r in rows_of(bench, made, dc, calls) if not r.setting.startswith("its own")]
+        kept += [r for r in stock_rows(bench) if r.setting == top]
         found = {}
         for row in kept:
             key = f"fid/{calls}/{n}/{row.label}: {row.setting}"
@@ -269,7 +271,7 @@ def markdown(reports: list[dict[str, Any]], command: str) -> str:
         f"Measured by `{command}` with diffusers {diffusers.__version__}, torch {torch.__version__}. Error: relative "
         f"distance of an image's final latents to those of a {TEACHER_CALLS}-call teacher (exact Adams, order 3) from "
         "the same noise. Statistics (DPM-Solver-v3) and ratios (DC-Solver) were calibrated, and grids and solvers "
-        f"chosen (at {CHOICE_CALLS} calls), on other seeds; the best stock setting was picked on the images of the "
+        "chosen for each number of calls, on other seeds; the best stock setting was picked on the images of the "
         "table, which favours it. Difference: mean error minus that of the best stock setting, with its 95 % paired "
         "bootstrap interval.",
     ]
