@@ -94,12 +94,12 @@ class Clock:
         """
         scheduler = self.scheduler()
         timesteps = getattr(scheduler, "timesteps", None)
-        if not isinstance(timesteps, torch.Tensor) or getattr(scheduler, "num_inference_steps", None) is None:
+        same = run is not None and run.timesteps is timesteps
+        if not same and not _has_run(scheduler, timesteps):
             raise RunError(
                 f"the model is called, but {type(scheduler).__name__} has no run (set_timesteps was not called). Is "
                 "another pipeline using this denoiser? That needs a scheduler of diffaccel in each of them."
             )
-        same = run is not None and run.timesteps is timesteps
         step = self._step(scheduler, timesteps, run if same else None, timestep, context_step)
         if same and run is not None and step >= run.step:
             if step > run.step:
@@ -159,6 +159,10 @@ class Clock:
                     f"its timestep is {due:g}. Is another pipeline using this denoiser?"
                 )
         return run
+
+
+def _has_run(scheduler: Any, timesteps: Any) -> bool:
+    return isinstance(timesteps, torch.Tensor) and getattr(scheduler, "num_inference_steps", None) is not None
 
 
 def form_of_time(timestep: Any, due: float, training: float) -> str | None:
