@@ -74,7 +74,8 @@ def verdicts(by: Any, best: Any, budgets: list[int]) -> list[str]:
     lines += [f"| grid | control | {' | '.join(f'{n} calls' for n in budgets)} | |", "|---" * (len(budgets) + 3) + "|"]
     for grid in dict.fromkeys(k[0] for k in by if k[1] == "Euler"):
         ours = by[grid, "FSampler (x0, lam)"]
-        peers = {name: values for (kind, name), values in by.items() if kind == "ZEUS" and len(values) == len(budgets)}
+        ran = {k: v for k, v in by.items() if all(math.isfinite(v.get(n, math.inf)) for n in budgets)}
+        peers = {name: values for (kind, name), values in ran.items() if kind == "ZEUS"}
         rest = {"best stock": {n: best[n][0] for n in budgets}, **peers}
         for control in (*controls, *rest):
             other = rest[control] if control in rest else by[grid, control]

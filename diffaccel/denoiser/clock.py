@@ -93,7 +93,7 @@ class Clock:
             OptionError: if it makes several calls a step.
         """
         scheduler = self.scheduler()
-        timesteps = getattr(scheduler, "timesteps", None)
+        timesteps: Any = getattr(scheduler, "timesteps", None)
         same = run is not None and run.timesteps is timesteps
         if not same and not _has_run(scheduler, timesteps):
             raise RunError(
