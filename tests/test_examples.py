@@ -34,3 +34,15 @@ def test_extrapolate(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x.png").stat().st_size > 200
     assert "8 nodes, 7 model calls" in done.stdout and "7 model calls on 8 nodes" in done.stdout
+
+
+@pytest.mark.parametrize("model", ["tiny-sd", "tiny-flow"])
+def test_restart(model, tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "restart.py"), "--model", model, "--calls", "10"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "{name}.png")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "plain: 10 model calls, 0 jumps" in done.stdout and "restart: 10 model calls, 1 jumps" in done.stdout
+    assert (tmp_path / "scaled.png").stat().st_size > 200
+    assert ("time_shift:" in done.stdout) == (model == "tiny-sd")

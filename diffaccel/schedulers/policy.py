@@ -1,8 +1,8 @@
 """Policies: what is decided during a run, for each image by itself.
 
 Two of them act on the x0-prediction and are settings of diffusers (thresholding, clipping). The others are registered
-with `@policy(name, stage=...)` as functions of their options; what they return has `begin(table, path, output, fed)`,
-which gives the state of one run.
+with `@policy(name, stage=...)` as functions of their options; what they return has
+`begin(table, path, output, fed, device)`, which gives the state of one run.
 """
 
 from __future__ import annotations

@@ -379,10 +379,11 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
 
     def _compile(self, run: Run, k: int) -> None:
         run.open_at(k, *self._sampler(), output_of(self.config), policy_of(self.config))
-        self._aim(run, Table(tuple(c.row for c in run.rows), run.table.sampler))
+        if k or run.shifts is None:
+            self._aim(run, Table(tuple(c.row for c in run.rows), run.table.sampler))
 
     def _aim(self, run: Run, table: Table) -> None:
         """Begin the policy that aims rows elsewhere, if there is one."""
         target = target_of(self.config)
         if target is not None:
-            run.shifts = target.begin(table, run.grid.path, output_of(self.config), is_fed(self))
+            run.shifts = target.begin(table, run.grid.path, output_of(self.config), is_fed(self), run.timesteps.device)

@@ -16,8 +16,8 @@ from diffaccel.core.grid import nodes as grid_nodes
 from diffaccel.core.path import Path
 from diffaccel.errors import OptionError, RunError
 from diffaccel.samplers.ddim import ancestral
+from diffaccel.schedulers.clocks import Steps
 from diffaccel.schedulers.from_config import path_of
-from diffaccel.schedulers.time_shift import Steps
 from diffaccel.testing.pipelines import build, call_kwargs
 
 X = noise(3, 3, 8, 8, dtype=torch.float64)
