@@ -20,7 +20,7 @@ from ..samplers.registry import get
 from ..schedulers import TableScheduler
 from .captured import Captured
 from .cpr import fit_cpr
-from .dc_search import BOUNDS, EVALUATIONS, TEACHER, Search, Student, refined, teacher_states
+from .dc_search import BOUNDS, EVALUATIONS, TEACHER, TOLERANCE, Search, Student, refined, teacher_states
 from .engine import Batch, Engine
 from .validate import FEWEST, STOCK, best_stock, ends, errors, over_processes, verdict
 
@@ -222,6 +222,7 @@ def _run(
     found = verdict(*pair_)
     receipt: dict[str, Any] = {
         "searched ratios": [round(r, 4) for r in rho],
+        "of these at a bound": sum(min(abs(r - b) for b in bounds) < 2 * TOLERANCE for r in rho),
         "calibration error": {"parent": float(without.mean()), "compensated": float(with_.mean())},
         "held-out error": found.to_json(),
         "best stock scheduler": best_stock(engine, f"{tag}/stock", held, last, n, engine.pipe.scheduler.config),

@@ -173,7 +173,7 @@ class Search:
         self.engine, self.tag, self.student, self.batches = engine, tag, student, batches
         edges = np.cumsum([0, *map(len, batches)])
         self.targets = [torch.tensor(teacher[a:b], dtype=torch.float64) for a, b in pairwise(edges)]
-        self.losses: dict[str, float] = engine.kept.notes.setdefault(f"{tag}/losses", {})
+        self.sums: dict[str, list[float]] = engine.kept.notes.setdefault(f"{tag}/sums", {})  # of this process
 
     def ratios(self) -> list[float]:
         """The N ratios."""
@@ -200,14 +200,15 @@ class Search:
 
     def _loss(self, i: int, rho: list[float], raws: list[list[Raw]]) -> float:
         key = f"{i}/{rho[-1].hex()}"
-        if key not in self.losses:
+        if key not in self.sums:
             parts = [self._distance(k, i, rho, own) for k, own in enumerate(raws)]
-            mine = np.sum(np.array(parts), axis=0) if parts else np.zeros(2)
-            sums = [np.frombuffer(p) for p in self.engine.world.gather("loss", mine.tobytes(), timeout=None)]
-            squares, count = np.sum(sums, axis=0)
-            self.losses[key] = float(squares / count)
+            self.sums[key] = [float(v) for v in np.sum(parts, axis=0)]
             self.engine.tick()
-        return self.losses[key]
+        # known or not, every process speaks: after a stop some may know more than others
+        own_sums = np.array(self.sums[key])
+        found = [np.frombuffer(p) for p in self.engine.world.gather("loss", own_sums.tobytes(), timeout=None)]
+        squares, count = np.sum(found, axis=0)
+        return float(squares / count)
 
     def _distance(self, k: int, i: int, rho: list[float], raws: list[Raw]) -> tuple[float, float]:
         """(sum of squares, count) of one batch."""

@@ -182,6 +182,35 @@ def test_a_config_alone_says_where_its_artifact_lies(scheduler, tmp_path, monkey
         DCSolverScheduler.from_config(kept)
 
 
+def test_a_hub_repository_is_asked_for_the_file(scheduler, tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    scheduler.save_pretrained(tmp_path)
+    config, asked = DCSolverScheduler.load_config(tmp_path), []
+    load = DCSolverScheduler.load_config.__func__
+
+    def load_config(cls, pretrained_model_name_or_path, subfolder=None, **options):
+        return load(cls, tmp_path, **{k: v for k, v in options.items() if k != "token"})
+
+    def download(repo, file, **options):
+        asked.append((repo, file, options))
+        if not (tmp_path / file.rpartition("/")[2]).is_file():
+            raise EntryNotFoundError("404")
+        return str(tmp_path / file.rpartition("/")[2])
+
+    monkeypatch.setattr(DCSolverScheduler, "load_config", classmethod(load_config))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    artifacts._SEEN.clear()
+    found = DCSolverScheduler.from_pretrained("someone/model", subfolder="scheduler", token="t")
+    assert asked == [("someone/model", "scheduler/mine.safetensors", {"token": "t"})]
+    assert found.config.artifact == config["artifact"] and table(found) == table(scheduler)
+    (tmp_path / "mine.safetensors").unlink()
+    artifacts._SEEN.clear()
+    with pytest.raises(ArtifactError, match=r"someone/model .* but not that file"):
+        DCSolverScheduler.from_pretrained("someone/model", subfolder="scheduler")
+
+
 # ---------------------------------------------------------------------- refusals
 @pytest.mark.parametrize(
     ("cls", "command", "without"),
