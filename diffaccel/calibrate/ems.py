@@ -127,7 +127,7 @@ def ems(
             images that the pipeline makes, where the model is called without guidance (the paper's choice).
         method: derivatives by the state by "jvp" (forward-mode differentiation) or "difference" (a second call);
             "auto": differences, but for half precision jvp where the model supports it.
-        delta: size of the difference in units of the state's, sqrt(alpha^2 + sigma^2); None: 0.03, 0.1 in half
+        delta: size of the difference in units of the state's, sqrt(alpha^2 + sigma^2); None: 0.01, 0.1 in half
             precision.
         lam_range: of half log-SNR; None: the whole training range.
         smooth_space: standard deviation in pixels of a Gaussian over l and the moments; None: a twentieth of the

@@ -29,7 +29,7 @@ from .ems_stats import Tensors, moments_of, stacked
 from .engine import Captured
 
 METHODS = ("jvp", "difference")
-DELTA = {torch.float64: 1e-4, torch.float32: 0.03, torch.float16: 0.1, torch.bfloat16: 0.1}
+DELTA = {torch.float64: 1e-4, torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.1}
 DLAM = 0.02  # how far a point is moved along the ODE for the derivative by lam, with independent points
 
 
@@ -126,7 +126,7 @@ class Probe(Captured):
     def _moved(self, node: Node, x: torch.Tensor) -> torch.Tensor:
         """The state `x + delta v` of the second visit, in x's precision."""
         self._v = self._signs.like(x)
-        delta = self._delta or DELTA.get(x.dtype, 0.03)
+        delta = self._delta or DELTA.get(x.dtype, 0.01)
         self._step = delta * math.hypot(node.alpha, node.sigma)
         return x + self._step * self._v
 

@@ -117,7 +117,7 @@ def test_any_pipeline_is_measured_at_its_scheduler(name):
         u, w = pair(output_of(config), "eps", node)
         eps, eps_v = (u * a.double() + w * b.double() for a, b in ((x, out), (x_v, out_v)))
         move = x_v.double() - x.double()
-        size = 0.03 * np.hypot(node.alpha, node.sigma)
+        size = 0.01 * np.hypot(node.alpha, node.sigma)
         assert torch.allclose(move.abs(), torch.full_like(move, size), rtol=1e-3)
         entries.append((node.sigma * move * (eps_v - eps) / size**2, x.double() / node.alpha, eps))
     eps = np.stack([e[2].numpy() for e in entries])
