@@ -22,7 +22,8 @@ import diffusers
 import torch
 
 import diffaccel as da
-from diffaccel import compare, models
+from diffaccel import calibrate, compare, models
+from diffaccel.artifact import Artifact
 from diffaccel.eval import fid, fid_difference
 
 CALLS = (8, 12, 20, 40)
@@ -39,6 +40,7 @@ class Method:
     parent: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     calls: tuple[int, ...] = CALLS
+    skip_to: float | None = None  # teleported to this level
 
     def scheduler(self, config: Mapping[str, Any]) -> Any:
         return da.TableScheduler.from_config(config, **self.options)
@@ -65,6 +67,8 @@ def methods(name: str, variance: float) -> list[Method]:
         Method("dpmpp + restart (3, 1, .3, 2)", "dpmpp", second | {"rewrite": [da.restart(small)]}),
         Method("dpmpp + momentum .8", "dpmpp", second | {"rewrite": [da.momentum(0.8)]}),
         Method("dpmpp + contrast .1", "dpmpp", second | {"rewrite": [da.contrast(0.1)]}),
+        Method("dpmpp + teleport to level 6", "dpmpp", second, skip_to=6.0),
+        Method("dpmpp + teleport to level 3", "dpmpp", second, skip_to=3.0),
     ]  # fmt: skip
 
 
@@ -78,6 +82,29 @@ def jobs(pipe: Any, name: str, images: int) -> list[compare.Job]:
         inputs = {k: v[part] if isinstance(v, list) else v for k, v in whole.inputs.items()}
         found.append(compare.Job(inputs, whole.latents[part]))
     return found
+
+
+def teleported(pipe: Any, scheduler: Any, law: Any, level: float, calls: int, work: list[compare.Job]) -> torch.Tensor:
+    """As `latents`, from the level on."""
+    before, pipe.scheduler = pipe.scheduler, scheduler
+    try:
+        with da.teleport(pipe, law, skip_to=level) as h, compare.counted(pipe) as count:
+            more = {"num_inference_steps": calls, "output_type": "latent"}
+            found = [h(**job.inputs, latents=job.latents.clone(), **more).images for job in work]
+    finally:
+        pipe.scheduler = before
+    if count[0] != calls * len(work):
+        raise RuntimeError(f"{count[0]} model calls for {calls} in {len(work)} batches")
+    return torch.cat(found).float()
+
+
+def law_of(pipe: Any, work: list[compare.Job], file: Path) -> Any:
+    """The Gaussian law of the model's samples, on other seeds."""
+    if not file.exists():
+        call = {k: v for k, v in work[0].inputs.items() if k not in ("prompt", "guidance_scale")}
+        calibrate.gauss(pipe, models.prompts(128, SEED + 1), images=128, calls=12, guidance=1.0, call=call, batch=BATCH,
+                        seed=10**6, out=file, progress=False)  # fmt: skip
+    return Artifact.load(file, "gauss")
 
 
 def latents(pipe: Any, scheduler: Any, calls: int, work: list[compare.Job]) -> torch.Tensor:
@@ -114,6 +141,8 @@ def one_model(name: str, images: int, store: Path, most: int = CALLS[-1]) -> dic
     half = kept(store / f"{name}-half-{key}.pt", lambda: latents(pipe, teacher.make(config), TEACHER_CALLS // 2, short))
     report: dict[str, Any] = {"images": images, "variance": variance, "cells": []}
     report["teacher_gap"] = float(distance(half, target).median())
+    law = law_of(pipe, work, store / f"{name}-gauss.safetensors")
+    report["gauss"] = law.meta["receipt"]
     budgets = [n for n in CALLS if n <= most]
     found: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
     for calls in budgets:
@@ -122,7 +151,10 @@ def one_model(name: str, images: int, store: Path, most: int = CALLS[-1]) -> dic
                 continue
             scheduler = method.scheduler(config)
             file = store / f"{name}-{method.name}-{calls}-{key}.pt".replace(" ", "_").replace("/", "_")
-            z = kept(file, lambda s=scheduler, n=calls: latents(pipe, s, n, work))
+            if method.skip_to is None:
+                z = kept(file, lambda s=scheduler, n=calls: latents(pipe, s, n, work))
+            else:
+                z = kept(file, lambda s=scheduler, n=calls, to=method.skip_to: teleported(pipe, s, law, to, n, work))
             found[method.name, calls] = (z, features_of(pipe, z, net))
             cell = measured(method, calls, found, target, bool(scheduler_stochastic(method, config, calls)))
             if "policy" in method.options:
@@ -209,6 +241,7 @@ def markdown(full: Mapping[str, Any]) -> str:
             cells += [f"{r[0]:.2f} [{r[1]:.2f}, {r[2]:.2f}]" if r else "-", verdict(r, 1.0)]
             lines.append(f"| {' | '.join(cells)} |")
         shares = [(c["calls"], c["method"], c["policy"]) for c in report["cells"] if c.get("policy")]
+        lines += ["", f"Teleport: {report['gauss']['skip_to']}."] if report.get("gauss") else []
         if shares:
             lines += ["", "Time-Shift, last batch: " + "; ".join(
                 f"{m}, {n} calls: {100 * p['edge_share']:.0f} % of the decisions at the window's edge"
