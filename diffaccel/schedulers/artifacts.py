@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any
@@ -11,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from ..artifact import Artifact, check_path, check_shape
-from ..errors import ArtifactError, OptionError
+from ..errors import ArtifactError, ArtifactWarning, OptionError
 from ..samplers.registry import Calibrated, Sampler
 from .settings import path_of
 
@@ -164,6 +165,17 @@ def calibrated_options(sampler: Sampler, options: Mapping[str, Any] | None, arti
 
 
 def check_sample(sampler: Sampler, artifact: Artifact | None, sample: torch.Tensor) -> None:
-    """Raise at the first call of a run if the artifact's data does not have the shape of a sample."""
-    if artifact is not None and sampler.calibrated is not None and sampler.calibrated.tensor:
-        check_shape(artifact, sampler.calibrated.tensor, tuple(sample.shape[1:]))
+    """Raise at the first call of a run if the artifact's data does not have the shape of a sample.
+
+    Warns:
+        ArtifactWarning: where the data serves every shape, but was fitted at another one.
+    """
+    takes = sampler.calibrated
+    if artifact is None or takes is None:
+        return
+    shape, made = tuple(sample.shape[1:]), artifact.meta.get("shape")
+    if takes.tensor:
+        check_shape(artifact, takes.tensor, shape)
+    elif takes.nodes and made is not None and tuple(made) != shape:
+        text = f"{artifact.file} was fitted to samples of shape {tuple(made)}, this run's are {shape}"
+        warnings.warn(f"{text}; some of its gain may be lost. Fit again at this size.", ArtifactWarning, stacklevel=3)

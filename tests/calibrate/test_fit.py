@@ -385,6 +385,16 @@ def test_begin_index_in_a_scheduler(sd15: tuple[Any, Artifact]) -> None:
         assert torch.isfinite(x).all()
 
 
+@pytest.mark.filterwarnings("default::diffaccel.errors.ArtifactWarning")
+def test_another_size_is_said(sd15: tuple[Any, Artifact]) -> None:
+    pipe, made = sd15
+    scheduler = FittedScheduler.from_config(pipe.scheduler.config, artifact=made)
+    scheduler.set_timesteps(3)
+    x = torch.zeros(1, 4, 3, 3)
+    with pytest.warns(match=r"fitted to samples of shape \(4, 16, 16\), this run's are \(4, 3, 3\)"):
+        scheduler.step(x, scheduler.timesteps[0], x)
+
+
 def test_saved_copied_and_pickled_it_is_the_same(sd15: tuple[Any, Artifact], tmp_path: FilePath) -> None:
     pipe, made = sd15
     scheduler = FittedScheduler.from_config(pipe.scheduler.config, artifact=made)
