@@ -15,6 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -107,22 +108,21 @@ def cell(pipe: Any, name: str, size: int, calls: int, ranks: int, images: int, p
     return found
 
 
-def measured(args: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None]) -> None:
-    """Every cell; says what it does, and saves after each."""
-    cells = []
-    for size in args.sizes:
-        for name in args.models:
-            pipe, start = loaded(name), time.monotonic()
-            wanted = {TEACHER_CALLS, *args.calls, *(-(-n // p) for n in args.calls for p in args.ranks)}
-            plain = {n: latents(pipe, name, size, n, args.images) for n in sorted(wanted)}
-            for calls in args.calls:
-                for ranks in args.ranks:
-                    found = cell(pipe, name, size, calls, ranks, args.images, plain)
-                    cells.append({"model": name, "size": size, "calls": calls, "ranks": ranks, "variants": found})
-                    print(
-                        f"{name} {size} px, {calls} calls, {ranks} ranks: {time.monotonic() - start:.0f} s", flush=True
-                    )
-    return cells
+def measured(args: argparse.Namespace, cells: list[dict[str, Any]], save: Callable[[], None]) -> None:
+    """Add every cell that is not there yet; says what it does, and saves after each."""
+    known = {(c["model"], c["size"], c["calls"], c["ranks"]) for c in cells}
+    for size, name in product(args.sizes, args.models):
+        wanted = [(n, p) for n, p in product(args.calls, args.ranks) if (name, size, n, p) not in known]
+        if not wanted:
+            continue
+        pipe, start = loaded(name), time.monotonic()
+        counts = {TEACHER_CALLS, *(n for n, _ in wanted), *(-(-n // p) for n, p in wanted)}
+        plain = {n: latents(pipe, name, size, n, args.images) for n in sorted(counts)}
+        for calls, ranks in wanted:
+            found = cell(pipe, name, size, calls, ranks, args.images, plain)
+            cells.append({"model": name, "size": size, "calls": calls, "ranks": ranks, "variants": found})
+            save()
+            print(f"{name} {size} px, {calls} calls, p = {ranks}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 # ---------------------------------------------------------------------- the page
@@ -210,18 +210,24 @@ def main() -> None:
     parser.add_argument("--calls", nargs="+", type=int, default=[10, 20, 50])
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--images", type=int, default=6)
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the cells of an interrupted run of the same setting"
+    )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     versions = {"diffaccel": diffaccel.__version__, "diffusers": diffusers.__version__, "torch": torch.__version__}
 
-    def save(cells: list[dict[str, Any]]) -> None:
-        result = {**versions, "images": args.images, "cells": cells}
-        (args.out / "patch_parallel.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        (args.out / "patch_parallel.md").write_text(page(result), encoding="utf-8")
+    file = args.out / "patch_parallel.json"
+    cells = json.loads(file.read_text("utf-8"))["cells"] if args.resume else []
 
-    measured(args, save)
+    def save() -> None:
+        result = {**versions, "images": args.images, "cells": cells}
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        file.with_suffix(".md").write_text(page(result), encoding="utf-8")
+
+    measured(args, cells, save)
 
 
 if __name__ == "__main__":
