@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +17,24 @@ from diffaccel.testing.pipelines import build
 
 SMALL = ["--calls", "4", "--guidance", "4", "--grid", "linspace", "--batch", "4", "--cpu"]
 SMALL += ["--set", "pairs=8", "--set", "held_out=8", "--set", "teacher_calls=8", "--set", "progress=False"]
+
+
+def started(command):
+    """Two ranks of a command."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    own = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **own, "RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for r in range(2)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -39,23 +58,10 @@ def test_it_writes_an_artifact_and_prints_its_receipt(alone, tmp_path, capsys):
     assert "another path" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same_ratios(alone, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
     out = tmp_path / "dc.safetensors"
-    command = [sys.executable, "-m", "diffaccel", "calibrate", "dc", "tiny-sd", "--out", str(out), *SMALL]
-    own = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **own, "RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for r in range(2)
-    ]
+    ranks = started([sys.executable, "-m", "diffaccel", "calibrate", "dc", "tiny-sd", "--out", str(out), *SMALL])
     said = [rank.communicate(timeout=240)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     both, one = Artifact.load(out, "dc"), Artifact.load(alone, "dc")
@@ -90,3 +96,33 @@ def test_a_model_of_ones_own_needs_prompts(tmp_path, capsys):
     build("sd15").save_pretrained(tmp_path / "m")
     assert main(["calibrate", "dc", str(tmp_path / "m"), "--calls", "4", "--out", str(tmp_path / "x")]) == 2
     assert "--prompts FILE is needed" in capsys.readouterr().err
+
+
+EAGER = """
+import sys
+from diffaccel.calibrate import checkpoint
+checkpoint.EVERY = 0.0
+from diffaccel.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_killed_go_on_to_the_same_ratios(alone, tmp_path):
+    out = tmp_path / "dc.safetensors"
+    arguments = [sys.executable, "-c", EAGER, "calibrate", "dc", "tiny-sd", "--out", str(out), *SMALL]
+    ranks, marks = started(arguments), [tmp_path / f"dc.safetensors.partial.{r}of2" for r in range(2)]
+    end = time.monotonic() + 200
+    while not all(m.exists() and b"/sums" in m.read_bytes()[:20000] for m in marks):
+        assert time.monotonic() < end and all(r.poll() is None for r in ranks), "killed too late"
+        time.sleep(0.05)
+    for rank in ranks:
+        rank.kill()
+        rank.communicate()
+    assert not out.exists()
+    ranks = started(arguments)
+    said = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    both, one = Artifact.load(out, "dc"), Artifact.load(alone, "dc")
+    np.testing.assert_allclose(both.tensors["ratios_0"], one.tensors["ratios_0"], atol=1e-3)
+    assert [p.name for p in tmp_path.iterdir()] == ["dc.safetensors"]
