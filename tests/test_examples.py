@@ -46,3 +46,28 @@ def test_restart(model, tmp_path):
     assert "plain: 10 model calls, 0 jumps" in done.stdout and "restart: 10 model calls, 1 jumps" in done.stdout
     assert (tmp_path / "scaled.png").stat().st_size > 200
     assert ("time_shift:" in done.stdout) == (model == "tiny-sd")
+
+
+def test_paradigms(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "paradigms.py"), "--calls", "8", "--window", "4", "--tol", "0"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "x.png")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.png").stat().st_size > 200
+    assert "8 rows in 8 sweeps" in done.stdout and "sequential run: 0.0000" in done.stdout
+
+
+def test_bottleneck(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "bottleneck.py"), "--stages", "few-4"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "x.png")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.png").stat().st_size > 200
+    assert "stage 1: 8x8, 2 calls" in done.stdout and "compare with a plain run of" in done.stdout
+
+
+def test_teleport(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "teleport.py"), "--calls", "3"]
+    command += ["--artifact", str(tmp_path / "gauss.safetensors"), "--out", str(tmp_path / "x.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.png").stat().st_size > 200
+    assert "skip_to:" in done.stdout and "teleport: 3 model calls from sigma/alpha = 8" in done.stdout

@@ -21,6 +21,7 @@ from ..samplers.epsilon_scale import epsilon_scale
 from ..schedulers import TableScheduler
 from ..schedulers.from_config import output_of
 from .engine import Batch, Captured, Engine
+from .gauss import one_budget
 from .validate import ends, errors, verdict
 
 TEACHER: tuple[str, dict[str, Any]] = ("dpmpp", {"order": 2})
@@ -35,7 +36,7 @@ def epsilon(
     pipe: Any,
     prompts: Sequence[str],
     *,
-    calls: int = 10,
+    calls: int | Sequence[int] = 10,
     sampler: str = "ddim",
     options: Mapping[str, Any] | None = None,
     below: float | None = None,
@@ -71,7 +72,7 @@ def epsilon(
     """
     if images < FEWEST or held_out < FEWEST:
         raise OptionError(f"calibrate epsilon needs {FEWEST} images and held-out ones or more")
-    calls = int(calls[0]) if isinstance(calls, (list, tuple)) and len(calls) == 1 else calls
+    calls = one_budget("epsilon", calls)
     settings = {"kind": "epsilon", "calls": calls, "sampler": sampler, "images": images, "below": below}
     engine = Engine(pipe, prompts, guidance=guidance, call=call, batch=batch, seed=seed, out=out, settings=settings,
                     progress=progress)  # fmt: skip

@@ -29,7 +29,7 @@ def gauss(
     *,
     images: int = 256,
     rank: int = 64,
-    calls: int = 20,
+    calls: int | Sequence[int] = 20,
     reference: int = 60,
     held_out: int = 16,
     tolerance: float = 0.01,
@@ -62,6 +62,7 @@ def gauss(
     """
     if images < FEWEST or held_out < FEWEST or not 0 < tolerance < 1:
         raise OptionError(f"calibrate gauss needs {FEWEST} images and {FEWEST} held-out ones or more, and a tolerance")
+    calls = one_budget("gauss", calls)
     settings = {"kind": "gauss", "images": images, "rank": rank, "calls": calls, "reference": reference}
     engine = Engine(pipe, prompts, guidance=guidance, call=call, batch=batch, seed=seed, out=out, settings=settings,
                     progress=progress)  # fmt: skip
@@ -109,6 +110,14 @@ def gauss(
         made.save(out)
     engine.kept.remove()
     return made
+
+
+def one_budget(kind: str, calls: int | Sequence[int]) -> int:
+    """A number of model calls, or the only one of a list (the command line gives lists)."""
+    listed = [calls] if isinstance(calls, int) else list(calls)
+    if len(listed) != 1 or isinstance(listed[0], bool) or listed[0] < 1:
+        raise OptionError(f"calibrate {kind} takes one number of calls of 1 or more, got {calls!r}")
+    return int(listed[0])
 
 
 def config_prediction(config: Mapping[str, Any]) -> str:
