@@ -19,7 +19,13 @@ from scheduler_runs import PATHS, SD, loop, make, noise, sampled, uncalibrated
 import diffaccel.schedulers
 from diffaccel import TableScheduler, epsilon_scale, restart, time_shift
 from diffaccel.core.path import Path
-from diffaccel.schedulers import UniPCScheduler, registration
+from diffaccel.schedulers import (
+    EpsilonScalingScheduler,
+    RestartScheduler,
+    TimeShiftScheduler,
+    UniPCScheduler,
+    registration,
+)
 from diffaccel.testing.pipelines import build, call_kwargs
 
 PRESETS = [c for c in vars(diffaccel.schedulers).values() if isinstance(c, type) and issubclass(c, TableScheduler)]
@@ -28,6 +34,9 @@ NAMED = [c for c in PRESETS if c.sampler_name]
 SAVED = {cls.__name__: ("dit", cls, uncalibrated(cls.sampler_name)) for cls in NAMED} | {
     "sd15": ("sd15", TableScheduler, {"sampler": "dpmpp", "order": 3, "grid": "uniform_lambda"}),
     "flux": ("flux", TableScheduler, {"sampler": "heun", "clock": "flow"}),
+    "restart": ("sdxl", RestartScheduler, {"segments": [(3, 1, 1.0, 3.0)], "sampler": "unipc", "order": 3}),
+    "time_shift": ("sd15", TimeShiftScheduler, {"window": 40, "cutoff": 300, "sampler": "pndm", "order": 2}),
+    "scaled": ("flux", EpsilonScalingScheduler, {"at_end": 1.01, "below": 3.0}),
     "wan": ("wan", UniPCScheduler, {"order": 3, "grid": "karras", "grid_options": {"rho": 5.0}}),
 }
 CALLS = {"num_inference_steps": 6, "mu": 0.9}
