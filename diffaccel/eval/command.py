@@ -15,7 +15,7 @@ _SOURCE = "folder, zip, .npz or .npy of images, a file of statistics, or tiny-fa
 
 def add(commands: Commands) -> Commands:
     """Add `eval` and its subcommands; gives what further ones are added to."""
-    parser = commands.add_parser("eval", help="FID, KID, CMMD, CLIP score with intervals; files of statistics")
+    parser = commands.add_parser("eval", help="FID, KID, CMMD, CLIP score with intervals; quality against model calls")
     metrics = parser.add_subparsers(dest="metric", required=True, metavar="METRIC")
     for name, text in (
         ("fid", "FID, corrected for bias, with its interval"),

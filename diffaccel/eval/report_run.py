@@ -179,6 +179,9 @@ def _warnings(plan: Plan, found: Sequence[Row]) -> list[str]:
     empty = sum(not p for p in plan.prompts)
     if empty:
         lines.append(f"{empty} of {len(plan.prompts)} prompts are empty")
+    cut = max(((row.summary["clip"] or {}).get("truncated", 0) for row in found), default=0)
+    if cut:
+        lines.append(f"{cut} different prompts are longer than the CLIP model reads: their ends do not count")
     for row in found:
         name, own = row.cell.label, row.summary
         if row.cell.steps is None:

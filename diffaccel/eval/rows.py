@@ -114,7 +114,8 @@ def _clip(row: Row, plan: Plan, texts: Mapping[str, Any]) -> dict[str, Any]:
     first = None
     if len(texts["embeddings"]) > 1:
         first = float(clip_metric.r_precision(image, texts["embeddings"], own).double().mean())
-    return {"clip": {"value": mean, "low": low, "high": high, "n": len(scores), "r_precision": first}}
+    found = {"value": mean, "low": low, "high": high, "n": len(scores), "r_precision": first}
+    return {"clip": {**found, "truncated": texts["truncated"]}}
 
 
 def _add_errors(store: Store, plan: Plan, row: Row, done: list[Block]) -> None:

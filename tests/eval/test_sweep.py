@@ -360,6 +360,14 @@ def test_a_reference_of_images_is_measured_once(pipe, tmp_path):
     assert plain(report(tmp_path / "out", features=Means()).folder / "report.json")["features"] == "means"
 
 
+def test_prompts_that_clip_cuts_and_empty_ones_are_counted(pipe, tmp_path):
+    few = {"teacher_calls": 0, "reference": None, "images": 4, "stock": ["own"], "clip": "tiny-clip"}
+    words = ["a red bag", "", "a red bag on a grey background " * 4, "a blue coat"]
+    found = sweep(pipe, {}, [1], words, out=tmp_path / "out", **{**SMALL, **few})
+    assert "1 of 4 prompts are empty" in found.data["warnings"]
+    assert any(w.startswith("1 different prompts are longer than the CLIP model reads") for w in found.data["warnings"])
+
+
 def test_fewer_stock_rows_are_noted(pipe, tmp_path):
     few = {"teacher_calls": 0, "reference": None, "images": 4}
     found = sweep(pipe, {}, [2], models.prompts(4), out=tmp_path / "out", **{**SMALL, **few, "stock": ["own", "UniPC"]})
