@@ -190,7 +190,8 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         if not isinstance(config, FrozenDict):  # a config read from a file has no list of defaults; ours then has none
             made._internal_dict = FrozenDict({k: v for k, v in made.config.items() if k != "_use_default_values"})
         if {"grid", "grid_options"} & set(kwargs):
-            refuse_nodes(*made._sampler(), "grid")
+            sampler, options = made._sampler()
+            refuse_nodes(sampler, options, "grid")
         if pipe is not None and made.artifact is not None:
             check_model(made.artifact, pipe, strict=strict is not False)
         elif pipe is not None or strict is not None:
