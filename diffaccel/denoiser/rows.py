@@ -41,7 +41,7 @@ def images_of(pipe: Any, call: Call) -> list[list[int]] | None:
     stack two rows an image (all unconditional ones first) where `do_classifier_free_guidance` is true.
     """
     rows = len(call.sample)
-    if call.named or len(call.run.previous) > 1:
+    if rows == 1 or call.named or len(call.run.previous) > 1:
         return [[r] for r in range(rows)]
     guided = getattr(pipe, "do_classifier_free_guidance", None)
     if guided is None or getattr(pipe, "do_perturbed_attention_guidance", False):

@@ -156,6 +156,33 @@ def twelve_steps(pipe):
     return x
 
 
+@pytest.mark.parametrize(("since", "skipped", "late"), [(5, [4, 7, 10], 0), (7, [4, 7, 10], 1), (9, [4, 7], 0)])
+def test_a_branch_that_appears_late(since, skipped, late):
+    """Its history is its own: a skip at its first call is a real call there, and after one answer nothing is skipped."""
+    scheduler = TableScheduler.from_config(FlowMatchEulerDiscreteScheduler().config, sampler="ddim")
+    pipe, x = Holder(Small(), scheduler), torch.linspace(-1, 1, 8)[None]
+    scheduler.set_timesteps(14)
+    with da.extrapolate(pipe, "h2/s2") as handle:
+        for i, t in enumerate(scheduler.timesteps):
+            y = pipe.unet(x, t)[0]
+            if i >= since:
+                y = y + 0.5 * (pipe.unet(-x, t)[0] - y)
+            x = scheduler.step(y, t, x).prev_sample
+    assert handle.report().skipped == [skipped]
+    assert handle.report().refusals["late branch"] == late
+    assert handle.report().refusals["history"] == 3 - len(skipped)
+
+
+def test_a_name_seen_twice_in_a_step_is_an_error():
+    pipe = runs.made("flux")
+    hook = Seen(Clock(lambda: pipe.scheduler))
+    attach(pipe.transformer, hook, "diffaccel.seen")
+    true, pipe.transformer.forward = pipe.transformer.forward, None
+    pipe.transformer.forward = lambda **kwargs: (true(**kwargs), true(**kwargs))[1]
+    with pytest.raises(RunError, match="twice as 'cond'"):
+        runs.run(pipe, "flux", steps=3)
+
+
 def test_a_compiled_model_stays_compiled():
     scheduler = TableScheduler.from_config(FlowMatchEulerDiscreteScheduler().config, sampler="ddim")
     graphs = []

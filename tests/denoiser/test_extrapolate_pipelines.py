@@ -254,6 +254,23 @@ def test_answers_are_the_line_through_the_last_two_also_in_a_row():
         assert gap(runs.run(pipe, "flux"), wanted) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [("sd15_controlnet", 12), ("sd15_inpaint_9ch", 12), ("sdxl_refiner", 10), ("pixart", 12), ("dit", 12)],
+)
+@pytest.mark.parametrize("skip", ["h2/s2", "adaptive"])
+def test_other_models(name, calls, skip):
+    """Further inputs of the model, other output channels than input channels, a batch that does not tell its images."""
+    pipe = build(name)
+    if name.startswith("sd15"):
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    with da.extrapolate(pipe, skip) as handle:
+        pipe(**call_kwargs(name, num_inference_steps=16))
+    report = handle.report()
+    assert report.forwards == calls if skip == "h2/s2" else 5 < report.forwards < calls
+    assert bool(report.notes) == (skip == "adaptive" and name in ("pixart", "dit"))
+
+
 # ---------------------------------------------------------------------- runs that end early
 class Stop(Exception):
     pass
