@@ -158,7 +158,7 @@ def twelve_steps(pipe):
 
 @pytest.mark.parametrize(("since", "skipped", "late"), [(5, [4, 7, 10], 0), (7, [4, 7, 10], 1), (9, [4, 7], 0)])
 def test_a_branch_that_appears_late(since, skipped, late):
-    """Its history is its own: a skip at its first call is a real call there, and after one answer nothing is skipped."""
+    """Its history is its own: a skip at its first call is a real call there, and one answer is too few."""
     scheduler = TableScheduler.from_config(FlowMatchEulerDiscreteScheduler().config, sampler="ddim")
     pipe, x = Holder(Small(), scheduler), torch.linspace(-1, 1, 8)[None]
     scheduler.set_timesteps(14)
