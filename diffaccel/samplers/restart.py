@@ -129,7 +129,7 @@ class Plan:
             if m > begin:
                 found.append(Piece((), nodes[begin : m + 1], sampler, _middle(sampler, dict(options))))
                 begin = m
-            body = self._restart_grid(segment, nodes[m], high, nodes)
+            body = inner.placed(self._restart_grid(segment, nodes[m], high, nodes), inner_options)
             for _ in range(segment.repeats):
                 found += self._repeat(nodes[m], body, inner, inner_options)
         if begin < len(nodes) - 1:
