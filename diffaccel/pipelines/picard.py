@@ -202,8 +202,6 @@ class PicardScheduler(SchedulerMixin):
         """The first step: only now is it known what one image's state is."""
         run = self.base._open(timestep)
         session.run = run
-        if run.policy is not None:
-            raise RunError(f"paradigms: {NONLINEAR}")
         session.learn(sample, timestep)
         dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
         table = Table(tuple(c.row for c in run.rows), run.table.sampler, run.table.options)
@@ -366,7 +364,7 @@ def paradigms(
             f"paradigms needs the rows of a table, and {type(scheduler).__name__} has none; set pipe.scheduler = "
             "TableScheduler.from_config(pipe.scheduler.config, sampler=...) first"
         )
-    if policy_of(scheduler.config) is not None:
+    if policy_of(scheduler.config) is not None or scheduler.config.get("policy"):
         raise OptionError(f"paradigms: {NONLINEAR}")
     if getattr(pipe, "transformer_2", None) is not None:
         raise OptionError("paradigms: a pipeline with two transformers for two parts of a run is not supported")

@@ -113,6 +113,15 @@ def test_half_precision():
     assert (ours - plain).abs().max() < 0.05 * plain.abs().max()
 
 
+def test_rewritten_samplers():
+    """A row that scales the noise prediction is linear too."""
+    pipe = built("sd15", "ddim", rewrite=[da.epsilon_scale(1.02)])
+    plain = latents(pipe, "sd15")
+    with paradigms(pipe, window=4, tol=0) as h:
+        ours = latents(h, "sd15")
+    assert torch.allclose(ours, plain, rtol=0, atol=2e-6 * float(plain.abs().max()))
+
+
 def test_tolerance_saves_sweeps():
     pipe = built("sd3", "ddim")
     plain, found = latents(pipe, "sd3"), {}
@@ -202,10 +211,13 @@ def test_other_pipelines_are_refused(name):
         paradigms(pipe)
 
 
-@pytest.mark.parametrize("option", [{"thresholding": True}, {"clip_sample": True}])
+POLICIES = [{"thresholding": True}, {"clip_sample": True}, {"policy": [da.time_shift(window=40, cutoff=300)]}]
+
+
+@pytest.mark.parametrize("option", POLICIES, ids=["thresholding", "clip", "time_shift"])
 def test_policies_are_refused(option):
     with pytest.raises(OptionError, match="no linear solve can foresee"):
-        paradigms(built("sd15", **option))
+        paradigms(built("sd15", "ddim", **option))
 
 
 def test_caches_are_refused():
