@@ -15,7 +15,8 @@ from .extrapolation_hook import ExtrapolationHook
 from .extrapolation_report import Report
 from .extrapolation_settings import Skip, settings
 
-NAME = "diffaccel.extrapolate"
+PREFIX = "diffaccel."
+NAME = PREFIX + "extrapolate"
 
 
 def extrapolate(
@@ -69,8 +70,8 @@ def extrapolate(
         A handle: a context manager with `.remove()` and `.report()`.
 
     Raises:
-        OptionError: an option that is unknown or without effect; a pipeline that is wrapped already, has a cache of
-            this package, or no denoiser that hooks understand.
+        OptionError: an option that is unknown or without effect; a pipeline that is wrapped already, or has no
+            denoiser that hooks understand.
     """
     chosen = settings(
         skip, quantity=quantity, coordinate=coordinate, protect=protect, tol=tol, anchor=anchor,
@@ -90,7 +91,7 @@ class Extrapolation:
         self._modules: list[torch.nn.Module] = []
         found = denoisers(pipe)
         for name, module in found.items():
-            _refuse_caches(name, module)
+            _refuse_wrapped(name, module)
         try:
             for module in found.values():
                 hook = ExtrapolationHook(Clock(lambda: pipe.scheduler), pipe, chosen, self._report_of)
@@ -140,12 +141,13 @@ class Extrapolation:
         return report
 
 
-def _refuse_caches(name: str, module: torch.nn.Module) -> None:
-    """Two forecasts of one call do not compose."""
+def _refuse_wrapped(name: str, module: torch.nn.Module) -> None:
+    """Two answers for one call, or other sizes or steps in one batch, do not compose with a history."""
     for part in module.modules():
         hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", ())
-        caches = [hook for hook in hooks if hook.startswith("diffaccel.") and "cache" in hook]
-        if caches:
+        others = [hook.removeprefix(PREFIX) for hook in hooks if hook.startswith(PREFIX)]
+        if others:
             raise OptionError(
-                f"extrapolate: pipe.{name} has a cache ({caches[0]}), which forecasts the same calls; remove() it first"
+                f"extrapolate: pipe.{name} is wrapped by {others[0]!r} already, and two wrappers of one pipeline do "
+                "not compose; call .remove() on that handle first"
             )

@@ -325,6 +325,15 @@ def test_wrapping_twice_is_refused():
     assert torch.equal(runs.run(pipe, "flux", steps=4), before)
 
 
+def test_other_wrappers_are_refused_in_either_order():
+    pipe = runs.made("sd15")
+    pipe.scheduler = TableScheduler.from_config(pipe.scheduler.config, sampler="ddim")
+    with da.paradigms(pipe), pytest.raises(OptionError, match=r"wrapped by '\w+' already"):
+        da.extrapolate(pipe)
+    with da.extrapolate(pipe), pytest.raises(OptionError, match="wrapped by 'extrapolate' already"):
+        da.paradigms(pipe)
+
+
 def test_models_with_other_arguments_are_refused():
     pipe = build("z_image")
     with pytest.raises(OptionError, match="no sample or hidden_states"):
