@@ -423,3 +423,30 @@ def test_extend_adds_budgets(sd15: tuple[Any, Artifact]) -> None:
         calibrate.extend(made, pipe, PROMPTS, 4, ridge=1.0)
     with pytest.raises(ArtifactError, match="other weights"):
         calibrate.extend(made, pipelines.build("sd15", seed=1), PROMPTS, 4)
+
+
+# ---------------------------------------------------------------------- every path, order and small number of calls
+@pytest.mark.parametrize("path", [Path.vp_linear(), Path.edm(0.01, 80.0), Path.flow(shift=3.0)], ids=lambda p: p.family)
+@pytest.mark.parametrize(("order", "calls"), [(1, 1), (1, 4), (2, 2), (3, 1), (4, 6)])
+def test_every_order_on_every_path(path: Path, order: int, calls: int) -> None:
+    """The table of the artifact, traced and applied, gives what the receipt measured; every beginning is finite."""
+    from diffaccel.samplers.begin import begin_at
+    from diffaccel.samplers.registry import get
+
+    problem, noise = mixture(), np.random.default_rng(1).standard_normal((16, 64))
+    options: dict[str, Any] = {"samples": 8, "teacher_steps": 40, "order": order, "moves": 3}
+    made = calibrate.fit_function(problem.denoise, path, noise, calls, **options)
+    tables = Tables.of(made)
+    nodes = Nodes(tables.rows(calls).nodes(path.end), path)
+    table = get("fitted").trace(nodes, tables=tables)
+    assert len(table) == calls and table.depth <= order
+    x = noise[8:] * float(np.hypot(nodes[0].alpha, nodes[0].sigma))
+    wanted = Fitting(Functional(problem.denoise, path, noise), Plan((calls,), 8, 8, 40, order, rivals="none"))
+    wanted.learn()
+    error = relative(table.apply(x, problem.predict), np.stack([wanted.teacher.images[n] for n in range(8, 16)]))
+    report = made.receipt[f"{calls} calls"]
+    if report["verdict"] == "fitted":
+        assert float(np.median(error)) == pytest.approx(report["held-out"]["median"], rel=1e-3)
+    for k in range(calls):
+        rest = begin_at(table, nodes, k, get("fitted"), {"tables": tables})
+        assert np.isfinite(rest.apply(x, problem.predict)).all()
