@@ -201,9 +201,18 @@ class Picard:
         return self._draws[:count][::-1]
 
     def _changed(self, new: Any, old: Any, n: int) -> bool:
-        """Whether any sample of state n still moves."""
+        """Whether any sample of state n still moves; one that is not finite does.
+
+        Raises:
+            RunError: if that is the state next to the last one found: no sweep will change it.
+        """
         square = float(((new - old) ** 2).reshape(len(new), -1).mean(1).max())
-        return square > self.tol**2 * self._variances[n]
+        if n == self.first + 1 and not math.isfinite(square):
+            raise RunError(
+                f"row {self.first} of {len(self.table)}: the state became NaN or infinite; the model's output is not "
+                "finite there, or this sampler diverges"
+            )
+        return not square <= self.tol**2 * self._variances[n]
 
 
 def check_options(

@@ -220,7 +220,8 @@ class StagedScheduler(SchedulerMixin, ConfigMixin):
             run.run = open_stage(run, self.base, self._carries(run), x.device)
         inner = run.run
         x, x0 = advance(inner, inner.rows[run.counter - run.first], x, output, generator)
-        if self.base.config.check_finite != "never" and x.device.type == "cpu":
+        watch = self.base.config.check_finite
+        if watch == "always" or (watch == "cpu" and x.device.type == "cpu"):
             check_finite(x, output, run.counter, len(run.timesteps))
         run.counter += 1
         if run.counter == run.first + run.legs[run.stage].stage.steps:

@@ -240,3 +240,15 @@ def test_one_answer_a_request():
     run = Picard(table, start(table))
     with pytest.raises(RunError, match="one answer for each of 4"):
         run.sweep([start(table)])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_model_that_breaks_is_named(bad):
+    """NaN is never taken for a state that does not move any more."""
+    table = traced(samplers()["ddim"], {}, PATHS["vp"], 12, "linspace_open")
+
+    def batch(states, nodes, spaces):
+        return [p if n.lam < 0 else p * bad for p, n in zip(Model().batch(states, nodes, spaces), nodes, strict=True)]
+
+    with np.errstate(invalid="ignore"), pytest.raises(RunError, match="became NaN or infinite"):
+        picard(table, start(table), batch, window=5, tol=0.1)
