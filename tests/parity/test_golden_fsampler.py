@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import golden_data
@@ -85,9 +86,8 @@ def test_stabilizer(path):
 # ---------------------------------------------------------------------- patterns
 @pytest.mark.parametrize("case", PATTERNS, ids=lambda c: f"{c['mode']}-{c['nodes']}".replace("/", ""))
 def test_pattern(case):
-    protect = (case["protect_first"], case["protect_last"])
     try:
-        pattern = parse(case["mode"], (protect[0], max(1, protect[1])))
+        pattern = replace(parse(case["mode"]), protect=(case["protect_first"], case["protect_last"]))
     except ValueError:
         assert case["skipped"] == []  # what the authors' code silently never skips, ours refuses
         return
