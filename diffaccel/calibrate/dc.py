@@ -106,10 +106,10 @@ def dc(
     with engine.working(expected, "calibrate dc"):
         for scale in scales:
             engine.guide(scale)
-            finest, _ = _nodes(engine, config, max(calls))
-            held = _held_out(engine, f"g{scale}/valid/teacher", config, finest, pairs, held_out, teacher_calls)
+            finest, _ = nodes_of(engine, config, max(calls))
+            held = held_out_teacher(engine, f"g{scale}/valid/teacher", config, finest, pairs, held_out, teacher_calls)
             for n in calls:
-                nodes, shape = _nodes(engine, config, n)
+                nodes, shape = nodes_of(engine, config, n)
                 student = Student(name, sampler, complete, dc_order, config, nodes)
                 rho, run = _run(engine, student, scale, pairs, teacher_calls, bounds, held)
                 j = len(runs)
@@ -163,7 +163,7 @@ class _Enough(Exception):
     """Ends a pipeline's run after the call that was wanted."""
 
 
-def _nodes(engine: Engine, config: Mapping[str, Any], calls: int) -> tuple[Nodes, list[int]]:
+def nodes_of(engine: Engine, config: Mapping[str, Any], calls: int) -> tuple[Nodes, list[int]]:
     """The nodes that the pipeline makes at this number of calls (a resolution may shift them), and a sample's shape."""
     shape: list[int] = []
 
@@ -180,7 +180,7 @@ def _nodes(engine: Engine, config: Mapping[str, Any], calls: int) -> tuple[Nodes
 Held = tuple[list[Batch], np.ndarray]  # held-out batches of this process, and their teacher's last states
 
 
-def _held_out(
+def held_out_teacher(
     engine: Engine, tag: str, config: Mapping[str, Any], nodes: Nodes, first: int, count: int, calls: int
 ) -> Held:
     """Images first..first + count - 1 with the teacher's last states; one teacher serves every number of calls."""

@@ -186,7 +186,9 @@ class Engine:
         return total
 
     # ------------------------------------------------------------------ running the pipeline
-    def run(self, batch: Batch, scheduler: Any, steps: int, latents: torch.Tensor | None = None) -> torch.Tensor:
+    def run(
+        self, batch: Batch, scheduler: Any, steps: int, latents: torch.Tensor | None = None, **call: Any
+    ) -> torch.Tensor:
         """One run of the pipeline's own call with another scheduler; the pipeline's is put back afterwards.
 
         Args:
@@ -194,6 +196,7 @@ class Engine:
             scheduler: any; a `TableScheduler` or one with its interface.
             steps: `num_inference_steps`.
             latents: (B, ...) the state to begin with instead of noise from the seeds, as the model is handed it.
+            call: further arguments of the pipeline's call, for this run.
 
         Returns:
             what the pipeline returns as latents: the last state.
@@ -201,7 +204,8 @@ class Engine:
         pipe, before = self.pipe, self.pipe.scheduler
         bar = dict(getattr(pipe, "_progress_bar_config", {}))
         given = list(batch.prompts) if self._key == "prompt" else [int(p) for p in batch.prompts]
-        more: dict[str, Any] = {} if latents is None else {"latents": latents.to(self.device, denoiser(pipe).dtype)}
+        if latents is not None:
+            call["latents"] = latents.to(self.device, denoiser(pipe).dtype)
         generators = [torch.Generator("cpu").manual_seed(s) for s in batch.seeds]
         count = _Count(scheduler, self._called(len(batch)))
         pipe.scheduler = scheduler
@@ -210,8 +214,7 @@ class Engine:
             with count, torch.no_grad():
                 found = pipe(
                     **{self._key: given},
-                    **self.call,
-                    **more,
+                    **{**self.call, **call},
                     generator=generators,
                     num_inference_steps=steps,
                     output_type="latent",

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from diffusers.utils import logging
 
 from ..compare import stock
-from ..errors import OptionError
+from ..errors import DiffaccelError, OptionError
 from .engine import Batch, Engine
 
 DRAWS = 2000
@@ -24,12 +25,15 @@ STOCK = (
     "DPM++-2 linspace zero",
     "DPM++-2 linspace sigma_min",
     "DPM++-2 trailing zero",
-    "UniPC-2 linspace zero",
-    "UniPC-2 linspace sigma_min",
+    "DPM++-2 trailing sigma_min",
     "DPM++-2 karras",
-    "DPM++-2 exponential",
     "DPM++-2 lu",
-    "flow Euler (as shipped)",
+    "UniPC-2 linspace sigma_min",
+    "UniPC-2 karras",
+    "DEIS-2 linspace zero",
+    "DEIS-2 karras",
+    "flow Euler, explicit sigmas",
+    "flow Euler beta",
     "DPM++-2 flow zero",
     "UniPC-2 flow zero",
     "DEIS-2 flow zero",
@@ -93,17 +97,20 @@ def errors(states: np.ndarray, teacher: np.ndarray) -> np.ndarray:
     return np.linalg.norm(z - target, axis=1) / np.linalg.norm(target, axis=1)
 
 
-def ends(engine: Engine, name: str, batches: Sequence[Batch], make: Callable[[], Any], steps: int) -> np.ndarray:
+def ends(
+    engine: Engine, name: str, batches: Sequence[Batch], make: Callable[[], Any], steps: int, **call: Any
+) -> np.ndarray:
     """The last states of runs with a scheduler, (n, ...) float64, in the order of this process's batches.
 
     Args:
         name: of this piece of work, for going on after a stop.
         make: a new scheduler.
         steps: `num_inference_steps`.
+        call: further arguments of the pipeline's call.
     """
 
     def work(batch: Batch) -> dict[str, np.ndarray]:
-        return {"z": engine.run(batch, make(), steps).detach().double().cpu().numpy()}
+        return {"z": engine.run(batch, make(), steps, **call).detach().double().cpu().numpy()}
 
     def joined(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"z": np.concatenate([a["z"], b["z"]])}
@@ -123,18 +130,27 @@ def best_stock(
     """The best of a few settings of diffusers' own schedulers at the same calls, picked on the same images.
 
     Returns:
-        {"scheduler", "error", "median", "tried"}.
+        {"scheduler", "error", "median", "tried"}, and "failed": {setting: why} if some could not run.
     """
     found: list[tuple[float, float, str]] = []
+    failed: dict[str, str] = {}
     told = logging.get_verbosity()
     logging.set_verbosity_error()  # each of them would list the config keys that it does not know
-    for candidate in (c for c in stock(config) if c.name in STOCK):
-        try:
-            states = ends(engine, f"{name}/{candidate.name}", batches, lambda c=candidate: c.make(config), calls)  # type: ignore[misc]
-        except (ValueError, IndexError, RuntimeError, ImportError):  # a stock scheduler that cannot run this grid
-            continue
-        e = over_processes(engine, f"{name}/{candidate.name}/errors", errors(states, teacher))
-        found.append((float(np.nan_to_num(e, nan=1e30).mean()), float(np.median(e)), candidate.name))
-    logging.set_verbosity(told)
-    error, median, chosen = min(found)
-    return {"scheduler": chosen, "error": error, "median": median, "tried": len(found)}
+    try:
+        for candidate in (c for c in stock(config) if c.name in STOCK):
+            more = {"sigmas": np.linspace(1.0, 1 / calls, calls).tolist()} if candidate.ramp else {}
+            tag, make = f"{name}/{candidate.name}", partial(candidate.make, config)
+            try:
+                states = ends(engine, tag, batches, make, calls, **more)
+            except DiffaccelError:
+                raise
+            except (ValueError, IndexError, RuntimeError, ImportError) as error:  # this setting cannot run here
+                failed[candidate.name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+                continue
+            e = over_processes(engine, f"{tag}/errors", errors(states, teacher))
+            found.append((float(np.nan_to_num(e, nan=1e30).mean()), float(np.median(e)), candidate.name))
+    finally:
+        logging.set_verbosity(told)
+    best = min(found, default=(None, None, None))
+    result = {**dict(zip(("error", "median", "scheduler"), best, strict=True)), "tried": len(found)}
+    return result | ({"failed": failed} if failed else {})
