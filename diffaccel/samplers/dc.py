@@ -233,7 +233,8 @@ def compensate(parent: str | Sampler, name: str) -> Sampler:
         dc_order: K, 1 to 3: the interpolation uses K + 1 predictions; the first K nodes of a run have ratio 1.
         ratios: "none", one number a call, or (from an artifact) `Ratios`. They belong to the number of calls, the
             grid, the parent's options and the guidance.
-        cpr: take the ratios from the artifact's polynomial: for numbers of calls that were not searched.
+        cpr: take the ratios from the artifact's polynomial: for numbers of calls that were not searched. A run that
+            begins later (img2img) counts as one of its remaining calls.
         guidance: the scale of this run, where the artifact has several, or for `cpr`.
 
     Args:
