@@ -19,6 +19,15 @@ def test_swap_scheduler(model, tmp_path):
     assert "unipc(order=3" in done.stdout
 
 
+def test_calibrate_ems(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "calibrate_ems.py"), "--calls", "2", "--images", "2"]
+    command += ["--nodes", "3", "--chosen-on", "2", "--held-out", "8", "--artifact", str(tmp_path / "ems.safetensors")]
+    done = subprocess.run([*command, "--out", str(tmp_path / "x.png")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.png").stat().st_size > 200
+    assert "held-out error:" in done.stdout and "2 model calls" in done.stdout
+
+
 def test_calibrate_dc(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "calibrate_dc.py"), "--calls", "4", "--pairs", "2"]
     command += ["--held-out", "8", "--artifact", str(tmp_path / "dc.safetensors"), "--out", str(tmp_path / "x.png")]
@@ -71,3 +80,11 @@ def test_teleport(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x.png").stat().st_size > 200
     assert "skip_to:" in done.stdout and "teleport: 3 model calls from sigma/alpha = 8" in done.stdout
+
+
+def test_multi_gpu_in_one_process(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "multi_gpu.py"), "--cpu", "--calls", "2"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "x.png")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "64 x 64, made by 1 process(es)" in done.stdout
+    assert (tmp_path / "x.png").stat().st_size > 200
