@@ -93,8 +93,8 @@ def teleported(pipe: Any, scheduler: Any, law: Any, level: float, calls: int, wo
             found = [h(**job.inputs, latents=job.latents.clone(), **more).images for job in work]
     finally:
         pipe.scheduler = before
-    if count[0] != calls * len(work):
-        raise RuntimeError(f"{count[0]} model calls for {calls} in {len(work)} batches")
+    if count.calls != calls * len(work):
+        raise RuntimeError(f"{count.calls} model calls for {calls} in {len(work)} batches")
     return torch.cat(found).float()
 
 

@@ -6,8 +6,7 @@ Nothing here re-implements a pipeline: the stock `__call__` runs, and model call
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,7 @@ import diffusers
 import torch
 
 from .core.families import Flow
-from .drive import denoiser
+from .drive import Passes, denoiser
 from .errors import OptionError
 from .schedulers import TableScheduler
 from .schedulers.from_config import read
@@ -63,19 +62,9 @@ class Outcome:
 
 
 # ---------------------------------------------------------------------- running
-@contextmanager
-def counted(pipe: Any) -> Iterator[list[int]]:
-    """Count the forward passes of the denoiser: `with counted(pipe) as count: ...; count[0]`."""
-    count = [0]
-
-    def hook(*_: Any) -> None:
-        count[0] += 1
-
-    handle = denoiser(pipe).register_forward_pre_hook(hook)
-    try:
-        yield count
-    finally:
-        handle.remove()
+def counted(pipe: Any) -> Passes:
+    """Count the model calls of a pipeline: `with counted(pipe) as count: ...; count.calls`."""
+    return Passes(denoiser(pipe))
 
 
 def generate(pipe: Any, scheduler: Any, steps: int, job: Job, *, ramp: bool = False, output: str = "latent") -> Outcome:
@@ -97,7 +86,7 @@ def generate(pipe: Any, scheduler: Any, steps: int, job: Job, *, ramp: bool = Fa
     finally:
         pipe.scheduler = before
     result = found if isinstance(found, torch.Tensor) else torch.from_numpy(found).movedim(-1, 1)
-    return Outcome(result.float().cpu(), count[0], seconds)
+    return Outcome(result.float().cpu(), count.calls, seconds)
 
 
 def run(pipe: Any, candidate: Candidate, calls: int, job: Job, *, output: str = "latent") -> Outcome | None:

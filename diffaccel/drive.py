@@ -109,7 +109,7 @@ class Driver:
             more["callback_on_step_end"] = keep
         network = denoiser(self.pipe)
         start = _now(network)
-        with _Passes(network, self._on_call, generators) as passes, torch.no_grad():
+        with Passes(network, self._on_call, generators) as passes, torch.no_grad():
             found = self.pipe(
                 **{self.key: given},
                 **self.options,
@@ -140,18 +140,31 @@ def _now(network: torch.nn.Module) -> float:
     return time.perf_counter()
 
 
-class _Passes:
-    """Counts model calls: passes of the denoiser, but two in a row on the same state (guidance done in two passes)."""
+class Passes:
+    """Counts model calls: passes of the denoiser, but two in a row on the same state (guidance done in two passes).
+
+    Args:
+        network: the denoiser; passes are seen inside the `with` block.
+        on_call: called before each pass.
+        generators: further sources of noise that are watched, beside torch's own.
+
+    Attributes:
+        calls: model calls so far.
+        inside: seconds inside of the network.
+    """
 
     def __init__(
-        self, network: torch.nn.Module, on_call: Callable[[], None], generators: Sequence[torch.Generator]
+        self,
+        network: torch.nn.Module,
+        on_call: Callable[[], None] = lambda: None,
+        generators: Sequence[torch.Generator] = (),
     ) -> None:
         self.calls, self.inside = 0, 0.0
         self._network, self._on_call, self._generators = network, on_call, generators
         self._last: torch.Tensor | None = None
         self._noise: list[bytes] | None = None
 
-    def __enter__(self) -> _Passes:
+    def __enter__(self) -> Passes:
         self._handles = [
             self._network.register_forward_pre_hook(self._before, with_kwargs=True),
             self._network.register_forward_hook(self._after),
