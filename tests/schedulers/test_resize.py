@@ -98,7 +98,7 @@ def test_the_same_on_every_path(path):
 
 
 def test_a_clean_image_keeps_its_amplitude():
-    wave = torch.cos(torch.pi * (torch.arange(16) + 0.5) * 3 / 16).double().expand(2, 16, 16)
+    wave = torch.cos(torch.pi * (torch.arange(16, dtype=torch.float64) + 0.5) * 3 / 16).expand(2, 16, 16)
     small = resized(wave, (8, 8))
     assert float((small**2).mean()) == pytest.approx(float((wave**2).mean()), rel=1e-12)
     torch.testing.assert_close(resized(small, (16, 16)), wave, rtol=0, atol=1e-12)
