@@ -98,6 +98,14 @@ def test_the_history_is_forgotten_at_a_jump():
         since = 0 if t.level > s.level else since
 
 
+def test_the_order_does_not_fall_before_a_jump():
+    """`lower_order_final` is about the last nodes of the run, not of its pieces."""
+    table = trace("dpmpp", snr_nodes(PATHS["vp"]), rewrite=[restart(SEGMENTS)], order=2)
+    jumps = [i for i, (s, t) in enumerate(pairwise(table.nodes)) if t.level > s.level]
+    assert len(jumps) == 3 and all(len(table.rows[i].out.p) == 2 for i in jumps)
+    assert len(table.rows[-1].out.p) == 1
+
+
 # ---------------------------------------------------------------------- budget
 @pytest.mark.parametrize(("sampler", "inner"), [("dpmpp", None), ("heun", None), ("ddim", "heun")])
 @pytest.mark.parametrize("preset", [*PRESETS, "auto"])

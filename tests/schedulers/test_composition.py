@@ -121,6 +121,28 @@ def test_pairs_of_rewriters(sampler):
             assert calls == CALLS and x.isfinite().all(), (a, b)
 
 
+@pytest.mark.parametrize("path", ["flow", "edm", "zero_snr"])
+@pytest.mark.parametrize("sampler", ["ddim", "unipc", "ghvb", "heun"])
+def test_other_paths(sampler, path):
+    """Each rewriter on models of other kinds, and Time-Shift in half log-SNR: N finite calls, or refused by name."""
+    policies = [None, da.time_shift(window_lam=0.4, cutoff_lam=1.5)]
+    for name in [None, *listed()]:
+        for policy in policies:
+            settings = {"rewrite": [OPTIONS[name]] if name else [], "policy": [policy] if policy else []}
+            try:
+                scheduler = make(path, sampler, settings)
+                scheduler.set_timesteps(CALLS)
+            except OptionError as error:
+                assert (name or "time_shift") in str(error) or "time_shift" in str(error)
+                continue
+            x, calls = scheduler.init_noise_sigma * X, 0
+            generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
+            for t in scheduler.timesteps:
+                output = torch.tanh(scheduler.scale_model_input(x, t))
+                x, calls = scheduler.step(output, t, x, generator=generators)[0], calls + 1
+            assert calls == CALLS and x.isfinite().all(), (name, policy)
+
+
 @pytest.mark.parametrize("name", listed())
 @pytest.mark.parametrize("sampler", ["ddpm", "dpmpp"])
 def test_every_begin_works_or_is_refused(name, sampler):
