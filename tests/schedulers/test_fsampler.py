@@ -16,6 +16,7 @@ from diffaccel.testing.pipelines import build, call_kwargs, denoiser
 SD = {"num_train_timesteps": 1000, **PATHS["sd15"]}
 
 
+@pytest.mark.filterwarnings("ignore:.*too few for a skip")
 @pytest.mark.parametrize("path", list(PATHS))
 @pytest.mark.parametrize("skip", ["h2/s2", "h3/s4", "h4"])
 def test_every_number_of_calls(path, skip):
