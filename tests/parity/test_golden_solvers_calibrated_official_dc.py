@@ -72,7 +72,6 @@ def test_dc_states(path, case):
         nodes,
         lambda x, s: Prediction(model.predict(x, s, space), space),
         **options,
-        ratios=ratios.tolist(),
     )
     np.testing.assert_allclose(loop, final, rtol=0, atol=1e-10)
 
