@@ -291,7 +291,3 @@ class PatchHook(ModelHook):
             branch.drain()
         self._branches = {}
         self._time, self._ordinal = -float("inf"), 0
-
-
-def _bytes(values: dict[str, Any]) -> bytes:
-    return json.dumps(values, default=repr).encode()

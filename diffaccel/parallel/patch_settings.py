@@ -9,7 +9,7 @@ from ..errors import OptionError, one_of
 ATTENTION, ALL = frozenset({"attn"}), frozenset({"attn", "conv", "gn"})
 # What is received one call late after the warm-up, and the synchronous calls before it.
 LATE = {"sync": frozenset[str](), "fresh_halo": ATTENTION, "displaced": ALL, "partial": ALL}
-WARMUP = {"sync": 0, "fresh_halo": 2, "displaced": 5, "partial": 5}
+WARMUP = {"sync": 0, "fresh_halo": 4, "displaced": 5, "partial": 5}
 GUIDANCE = ("auto", "split", "patches")
 
 
@@ -22,7 +22,7 @@ class Settings:
             before, rows and statistics are fresh. "displaced" (DistriFusion): all of them are those of the call before.
             "partial" (PCPP): as "displaced", and only the neighbours' nearest keys and values.
         ratio: share of a neighbour's patch, in (0, 1]; "partial" only. Default 0.3.
-        warmup: synchronous calls at the begin of a run. Default 2 for "fresh_halo", 5 for "displaced" and "partial"
+        warmup: synchronous calls at the begin of a run. Default 4 for "fresh_halo", 5 for "displaced" and "partial"
             (which its authors call 4).
         extrapolate: continue the line through the last two keys and values; "fresh_halo" only. Default True.
         gn: late statistics are "corrected" by the change of one's own (DistriFusion's default) or "stale"; "displaced"
