@@ -185,6 +185,23 @@ def test_report_in_words():
     assert "new band white (fresh noise), predicted missing power" in text
 
 
+@pytest.mark.parametrize("name", ON_PACKED)
+def test_positions_of_a_small_stage_are_those_of_a_small_run(name):
+    """What the position embedding is given in the half-size stage, against a stock run of that size."""
+    seen = []
+    pipe = tiny.build(name)
+    tiny.denoiser(pipe).pos_embed.register_forward_pre_hook(
+        lambda m, args, kw: seen.append((args, kw)), with_kwargs=True
+    )
+    latents(pipe, name, 1, height=24, width=32)
+    small = seen[0]
+    seen.clear()
+    with wrapped(pipe) as h:
+        latents(h, name)
+    staged = seen[len(seen) * 2 // 7]  # of 2 + 3 + 2 calls the third
+    assert str(staged) == str(small) and str(seen[0]) != str(small)
+
+
 def test_microcond():
     """SDXL's target size follows the stage if asked to, and only then."""
     seen = {}
