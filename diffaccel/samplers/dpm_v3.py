@@ -86,10 +86,8 @@ def snapped(nodes: Nodes, options: Mapping[str, Any]) -> Nodes:
         tensor="l",
     ),
     variants=(
-        {"order": 1, "lower_order_final": False},
         {"order": 2, "corrector": "same", "lower_order_final": False},
         {"order": 2, "pseudo": ["corrector"], "lower_order_final": False},
-        {"order": 3, "corrector": None, "pseudo": ["predictor"], "lower_order_final": False},
         {"order": 3, "corrector": "same", "lower_order_final": False},
         {"order": 3, "lower_order_final": False},
     ),
