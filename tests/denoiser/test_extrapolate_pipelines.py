@@ -417,3 +417,14 @@ def test_notes_say_what_limits_the_result():
     assert any("guidance_rescale" in note for note in handle.report().notes)
     assert "guidance_rescale" in str(handle.report())
     assert handle.report().to_dict()["calls"] == [11]
+
+
+def test_half_precision():
+    """Times are rounded to it, answers keep it, and four points are warned of."""
+    pipe = runs.made("flux-cfg").to(torch.bfloat16)
+    with da.extrapolate(pipe, "adaptive") as handle:
+        assert runs.run(pipe, "flux-cfg").dtype == torch.bfloat16
+    assert handle.report().calls == [7] and not handle.report().notes
+    with da.extrapolate(pipe, "h4") as handle, pytest.warns(UserWarning, match="h4 multiplies rounding errors"):
+        runs.run(pipe, "flux-cfg")
+    assert any("h4" in note for note in handle.report().notes)
