@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import os
@@ -287,13 +288,19 @@ def _forward(
     probe = ForwardProbe.probing(
         config, nodes, batch.seeds, method=method, reduce=reduce, delta=delta, own_noise=False
     ).begin(clean, batch.seeds, lams)
-    guidance = engine.guidance
+    before = engine.guidance, engine.call
     try:
-        if "guidance_scale" in engine.call:
+        if _guided_by_two_passes(engine.pipe):
             engine.guide(1.0)
         return _run(engine, batch, probe, method, probe.first())
     finally:
-        engine.guide(guidance)
+        engine.guidance, engine.call = before
+
+
+def _guided_by_two_passes(pipe: Any) -> bool:
+    """Whether `guidance_scale` is classifier-free guidance, not an input of the model (FLUX)."""
+    takes = "guidance_scale" in inspect.signature(pipe.__call__).parameters
+    return takes and not getattr(denoiser(pipe).config, "guidance_embeds", False)
 
 
 def _run(engine: Engine, batch: Batch, probe: Probe, method: str, latents: torch.Tensor | None = None) -> Tensors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ class Ems:
         if not all(np.all(np.isfinite(v)) for v in self.tensors().values()):
             raise OptionError("statistics: lam, l, s and b must be finite")
         self._steps: OrderedDict[tuple[float, float], Step] = OrderedDict()
+        self._lock = threading.Lock()
 
     @classmethod
     def data_prediction(cls, quadrature: str = "exponential") -> Ems:
@@ -165,15 +167,16 @@ class Ems:
         Raises:
             OptionError: outside the range, see `need`.
         """
-        key = (start, stop)
-        if key in self._steps:
-            self._steps.move_to_end(key)
-        else:
+        with self._lock:
+            found = self._steps.pop((start, stop), None)
+        if found is None:
             self.need(start, stop)
-            self._steps[key] = self._integrate(start, stop)
+            found = self._integrate(start, stop)
+        with self._lock:
+            self._steps[start, stop] = found
             if len(self._steps) > KEPT:
                 self._steps.popitem(last=False)
-        return self._steps[key]
+        return found
 
     def _edges(self, start: float, stop: float) -> np.ndarray:
         """Ends of the cells: all nodes in between, and more where the integrand changes much from one to the next."""

@@ -21,7 +21,7 @@ from diffaccel.core.prediction import pair
 from diffaccel.errors import ArtifactError, OptionError
 from diffaccel.schedulers import DPMSolverV3Scheduler, TableScheduler
 from diffaccel.schedulers.settings import output_of, path_of
-from diffaccel.testing.pipelines import build, call_kwargs
+from diffaccel.testing.pipelines import build, call_kwargs, denoiser
 
 QUICK = {"progress": False, "batch": 64, "images": 192, "nodes": 60, "chosen_on": 32, "held_out": 64}
 
@@ -153,6 +153,27 @@ def test_forward_differentiation_goes_through_the_whole_pipeline(name):
     assert np.abs(a["l"] - b["l"]).max() < 0.02 * max(1.0, np.abs(b["l"]).max())
     assert not any(m._forward_pre_hooks for m in pipe.components.values() if isinstance(m, torch.nn.Module))
     assert all(not isinstance(v, torch.Tensor) or v.grad_fn is None for v in seen[-1])
+
+
+@pytest.mark.parametrize(("name", "unguided"), [("sd15", True), ("flux", False)])
+def test_forward_points_are_taken_without_guidance(name, unguided):
+    """Images are made with the pipeline's guidance; at the points around them the model sees each state once."""
+    module = importlib.import_module("diffaccel.calibrate.ems")
+    pipe = build(name)
+    engine = Engine(pipe, ["a"], call={"height": 32, "width": 32}, batch=2, progress=False)
+    config = TableScheduler.from_config(pipe.scheduler.config).config
+    sizes = []
+    hook = denoiser(pipe).register_forward_pre_hook(
+        lambda m, args, kwargs: sizes.append(len(args[0] if args else kwargs["hidden_states"])), with_kwargs=True
+    )
+    lams = np.linspace(-1, 1, 3)
+    found = module._forward(engine, engine.batches(0, 2)[0], config, lams, "difference", "scalar", None)
+    hook.remove()
+    assert found["l"].shape == (3,) and np.isfinite(found["m2"]).all()
+    made, points = sizes[: module.CLEAN_CALLS], sizes[module.CLEAN_CALLS :]
+    assert len(points) == 9 and set(points) == {2}
+    assert set(made) == ({4} if unguided else {2})
+    assert engine.guidance is None and "guidance_scale" not in engine.call
 
 
 # ---------------------------------------------------------------------- stopping
