@@ -56,7 +56,7 @@ class EmulatedWorld(Context):
         def live(rank: int) -> None:
             self._local.rank = rank
             try:
-                with torch.set_grad_enabled(modes[0]), torch.inference_mode(modes[1]):
+                with torch.inference_mode(modes[1]), torch.set_grad_enabled(modes[0]):  # the first sets both
                     found[rank] = job(rank)
             except BaseException as error:
                 errors.append(error)

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from diffaccel.errors import OptionError
 from diffaccel.parallel.agree import differences, same_on_all
 from diffaccel.parallel.launch import first_host, slurm_environment
 from diffaccel.parallel.world import SoloWorld, WorldError
+from diffaccel.parallel.world_emulated import EmulatedWorld
 
 HERE = Path(__file__).parent
 
@@ -119,3 +122,15 @@ def test_differences_name_the_leaf_and_both_sides():
     assert differences(left, right, "L", "R") == ["  a.c: L 2, R 3", '  d: L null, R "x"']
     assert differences(left, left, "L", "R") == []
     assert issubclass(WorldError, RuntimeError)
+
+
+def test_emulated_ranks_speak_with_one_voice_outside_of_a_run():
+    with EmulatedWorld(3) as world:
+        assert (world.rank, world.size, world.gather("x", b"1"), world.broadcast("x", b"2")) == (0, 3, [b"1"] * 3, b"2")
+        assert world.run(lambda rank: (rank, world.rank, world.add("n", 1)))[2][:2] == (2, 2)
+        assert world.add("n", 0) == 3
+        world.barrier("over")
+        with torch.no_grad():
+            assert world.run(lambda rank: torch.is_grad_enabled()) == [False] * 3
+    with pytest.raises(OptionError, match="1 rank or more"):
+        EmulatedWorld(0)
