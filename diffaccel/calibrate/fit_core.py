@@ -86,7 +86,7 @@ class Plan:
         s, k = self.samples, self.teacher_steps
         half, moves, once = s // 2, 0 if twice else self.moves, s <= batch
         trials = len(self.grids) + (self.channels == "auto") + (moves > 0 if once else moves)
-        total = (k + 1) * (s * (1 + twice) + self.holdout) + 2 * (k // 2 + 1)
+        total = 1 + (k + 1) * (s * (1 + twice) + self.holdout) + 2 * (k // 2 + 1)  # 1: to see the shape
         for n in self.calls:
             for part in (half, s - half) if trials > 1 else ():
                 total += trials * (_row_calls(n, part, batch) + n * part)

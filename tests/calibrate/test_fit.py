@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -239,15 +240,12 @@ def test_the_receipt_is_what_a_user_measures(sd15: tuple[Any, Artifact]) -> None
             assert float(np.median(error)) == pytest.approx(report["held-out"]["median"], rel=0.02)
 
 
-def test_cost_is_counted_and_planned(sd15: tuple[Any, Artifact], capsys: pytest.CaptureFixture[str]) -> None:
-    _, made = sd15
+def test_cost_is_counted_and_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is printed before the run bounds what is spent; schedulers that cannot make so many calls spend nothing."""
+    _, made = piped("sd15", progress=True)
+    planned = int(re.search(r"fit: at most (\d+) model calls", capsys.readouterr().out)[1])  # type: ignore[index]
     assert made.meta["cost"] == made.receipt["cost"]
-    piped("sd15", progress=True)
-    printed = capsys.readouterr().out
-    assert "fit: at most" in printed
-    planned = Plan((3, 5), **{**SMALL, "grids": ("dp2",)}).cost(8, 8, False)
-    # what cannot be run at these calls is not spent; the shape is found by one call
-    assert 0.5 * planned < made.meta["cost"]["calls"] <= planned + 1
+    assert 0.5 * planned < made.meta["cost"]["calls"] <= planned
 
 
 def test_batches_and_memory_do_not_change_the_table() -> None:
