@@ -24,8 +24,8 @@ from diffaccel.schedulers import TableScheduler
 
 CALLS = (5, 6, 8, 10)
 Case = tuple[str, float, str | None, dict[str, float]]
-# model, guidance, grid of the student, its options: the checkpoint's own grid (trailing for both), and UniPC's best from
-# 8 calls in error_to_teacher.md
+# model, guidance, grid of the student, its options: the checkpoint's own grid (trailing for both), and UniPC's best
+# from 8 calls on in error_to_teacher.md
 CASES: tuple[Case, ...] = (
     ("tiny-sd", 4.0, "karras", {"rho": 4.0}),
     ("tiny-flow", 4.0, "mid", {"w": 0.3}),
