@@ -241,7 +241,8 @@ def fids(bench: Bench, made: Artifact, dc: Path | None, table: list[dict[str, An
             score = {"calls": calls, "method": row.label, "setting": row.setting, "images": n}
             score["fid"] = frechet.fid(features, target)
             if row.label != "stock":
-                score["minus_stock"] = str(frechet.paired(features, base, target))
+                change = frechet.paired(features, base, target)
+                score["minus_stock"] = f"{change.value:+.2f} +- {1.96 * change.se:.2f}"
             scores.append(score)
     return scores
 
