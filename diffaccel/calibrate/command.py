@@ -1,4 +1,4 @@
-"""`diffaccel calibrate dc | ems | fit MODEL --out FILE`. Imports nothing heavy until a command runs."""
+"""`diffaccel calibrate KIND MODEL --out FILE`, see `KINDS`. Imports nothing heavy until a command runs."""
 
 from __future__ import annotations
 

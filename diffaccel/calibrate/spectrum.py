@@ -15,7 +15,7 @@ from ..core.stages import SPECTRA, Spectrum, dct_matrix, frequency, switch_time
 from ..errors import OptionError
 from ..identity import model_identity
 from .engine import Captured, Engine
-from .gauss import SAMPLER, config_prediction
+from .gauss import SAMPLER, config_prediction, one_budget
 from .validate import ends
 
 FEWEST, GOOD = 16, 0.9
@@ -61,7 +61,7 @@ def spectrum(
     prompts: Sequence[str],
     *,
     images: int = 64,
-    calls: int = 20,
+    calls: int | Sequence[int] = 20,
     guidance: float | None = None,
     call: Mapping[str, Any] | None = None,
     batch: int = 8,
@@ -81,6 +81,7 @@ def spectrum(
         kind "spectrum": the tensor `law` (A, beta, height, width, R^2). Its receipt says whether the law is good
         enough for the delta rule and matched fills, and when it would go up from half size.
     """
+    calls = one_budget("spectrum", calls)
     settings = {"kind": "spectrum", "images": images, "calls": calls}
     engine = Engine(pipe, prompts, guidance=guidance, call=call, batch=batch, seed=seed, out=out, settings=settings,
                     progress=progress)  # fmt: skip
