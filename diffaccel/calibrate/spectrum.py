@@ -82,6 +82,8 @@ def spectrum(
         enough for the delta rule and matched fills, and when it would go up from half size.
     """
     calls = one_budget("spectrum", calls)
+    if images < FEWEST:
+        raise OptionError(f"a spectrum needs {FEWEST} latents or more: images is {images}")
     settings = {"kind": "spectrum", "images": images, "calls": calls}
     engine = Engine(pipe, prompts, guidance=guidance, call=call, batch=batch, seed=seed, out=out, settings=settings,
                     progress=progress)  # fmt: skip
