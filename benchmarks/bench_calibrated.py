@@ -345,7 +345,7 @@ def main() -> None:
     images = {"calibrate": args.calibrate, "choose": args.choose, "report": args.images}
     reports = [report(Bench(name, g, args.work, images), args.dc, args.fid) for name, g in CASES[: args.cases]]
     command = f"python benchmarks/bench_calibrated.py --images {args.images} --choose {args.choose} --calibrate "
-    command += f"{args.calibrate} --fid {args.fid}"
+    command += f"{args.calibrate} --fid {args.fid} --cases {args.cases}" + (" --dc DC-ARTIFACTS" if args.dc else "")
     text = markdown(reports, command)
     print(text)
     if args.out:
