@@ -13,7 +13,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from . import compare, models
+from .artifact import Artifact
 from .compare import Candidate, Job, Outcome
+from .schedulers import FittedScheduler
 
 # For 8 calls, chosen by benchmarks/bench_error.py on its seed for choosing, not on the demo's (tiny-pixel is not
 # shipped, so its row is not measured).
@@ -32,7 +34,8 @@ def demo(
     """Compare schedulers from the same noise; print the table, write `report.json` and `grid.png` to `out`.
 
     Rows: the pipeline's own scheduler at 50 calls and at `calls`, every deterministic scheduler of diffusers at
-    `calls` (the best of them is shown; it is picked on these very images, which favours it), and ours at `calls`.
+    `calls` (the best of them is shown; it is picked on these very images, which favours it), ours at `calls`, and the
+    table that was fitted to this checkpoint on other prompts and noise, where one ships for these calls.
 
     Args:
         name: an embedded model.
@@ -67,6 +70,9 @@ def demo(
         (best[0], calls, best[1]),
         (mine, calls, compare.run(pipe, mine, calls, job)),
     ]
+    table = _fitted(name, calls)
+    if table is not None:
+        shown.append((table, calls, compare.run(pipe, table, calls, job)))
     rows = [_row(c, o, target) for c, _, o in shown if o is not None]
     gap = float(compare.errors(half, target).median())
     _print(rows, gap, len(rivals), images)
@@ -83,6 +89,20 @@ def demo(
     _grid(pictures, titles, folder / "grid.png")
     print(f"wrote {folder / 'report.json'} and {folder / 'grid.png'}")
     return report
+
+
+def _fitted(name: str, calls: int) -> Candidate | None:
+    """`FittedScheduler` with the table that ships for an embedded model; None if there is none for these calls."""
+    try:
+        artifact = Artifact.load(models.fitted(name))
+    except ValueError:
+        return None
+    if calls not in artifact.meta["calls"]:
+        return None
+    spent = f"fitted in {artifact.meta['cost']['calls']} calls on other prompts and noise"
+    return Candidate(
+        f"diffaccel fitted ({spent})", False, lambda config: FittedScheduler.from_config(config, artifact=artifact)
+    )
 
 
 def _outcomes(pipe: Any, candidates: Sequence[Candidate], calls: int, job: Job) -> list[tuple[Candidate, Outcome]]:
@@ -125,13 +145,14 @@ def _print(rows: Sequence[dict[str, Any]], gap: float, rivals: int, images: int)
         f"(the teacher with half its calls: {gap:.4f}).\n"
         f"Row 3 is the best of {rivals} settings of diffusers' schedulers, picked on these images."
     )
-    stock, mine = rows[2]["median_error"], rows[3]["median_error"]
-    if mine < stock:
-        print(f"At {rows[3]['calls']} calls ours is {stock / mine:.2f} times nearer to the teacher (medians).")
-    else:
-        print(
-            f"No benefit found: at {rows[3]['calls']} calls the best stock setting is {mine / stock:.2f} times nearer."
-        )
+    stock = rows[2]["median_error"]
+    for row in rows[3:]:
+        mine = row["median_error"]
+        if mine < stock:
+            text = f"{stock / mine:.2f} times nearer to the teacher than row 3 (medians)"
+        else:
+            text = f"no benefit found: row 3 is {mine / stock:.2f} times nearer"
+        print(f"{row['scheduler']}: {text}.")
 
 
 def _pictures(pipe: Any, outcome: Outcome) -> np.ndarray:

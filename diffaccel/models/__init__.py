@@ -71,6 +71,21 @@ def load(name: str, *, torch_dtype: torch.dtype | None = None, device: str | Non
     return pipe if device is None else pipe.to(device)
 
 
+def fitted(name: str) -> Path:
+    """The artifact of `diffaccel.calibrate.fit` for an embedded model: 5, 6, 8, 10 and 12 calls, guidance 4, 32 pixels.
+
+    Made by `benchmarks/bench_fitted.py`, which measures it on other prompts and noise. For `FittedScheduler`.
+
+    Raises:
+        ValueError: if there is none for this model.
+    """
+    file = Path(__file__).parent / "artifacts" / f"{name}-fit.safetensors"
+    if not file.is_file():
+        found = sorted(f.stem.removesuffix("-fit") for f in file.parent.glob("*-fit.safetensors"))
+        raise ValueError(f"no fitted table ships for {name!r}; there are tables for {', '.join(found)}")
+    return file
+
+
 def reference(size: int = 32) -> dict[str, Any]:
     """Statistics of the 10,000 coloured test images under `features()`: mu (128,), sigma (128, 128), some feature rows
     (float32 numpy), n, and the id of the features. size: 32 or 64."""
