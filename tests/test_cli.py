@@ -62,14 +62,20 @@ def test_the_demo_reports_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo.compare, "stock", lambda config: [c for c in every(config) if c.name in kept])
     assert cli.main(["demo", "--images", "2", "--calls", "5", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [row["calls"] for row in report["rows"]] == [20, 5, 5, 5]
-    assert [row["stock"] for row in report["rows"]] == [True, True, True, False]
+    assert [row["calls"] for row in report["rows"]] == [20, 5, 5, 5, 5]
+    assert [row["stock"] for row in report["rows"]] == [True, True, True, False, False]
     assert report["rivals"] == 3
-    best, ours = report["rows"][2], report["rows"][3]
+    best, *ours = report["rows"][2:]
     printed = capsys.readouterr().out
-    verdict = "times nearer to the teacher" if ours["median_error"] < best["median_error"] else "No benefit found"
-    assert verdict in printed
-    assert f"{ours['median_error']:.4f}" in printed
+    for row in ours:
+        verdict = "times nearer to the teacher" if row["median_error"] < best["median_error"] else "no benefit found"
+        assert f"{row['median_error']:.4f}" in printed
+        assert any(line.startswith(row["scheduler"]) and verdict in line for line in printed.splitlines())
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == (2 * 64, 5 * 80)
+        assert grid.size == (2 * 64, 6 * 80)
         assert len(np.unique(np.asarray(grid)[16:80, :64])) > 10
+
+
+def test_the_demo_has_no_fitted_row_for_other_numbers_of_calls():
+    assert demo._fitted("tiny-sd", 8) is not None
+    assert demo._fitted("tiny-sd", 7) is None and demo._fitted("tiny-pixel", 8) is None
