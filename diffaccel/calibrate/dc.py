@@ -143,10 +143,7 @@ def dc(
         },
     }
     made = Artifact("dc", tensors | ({"cpr": cpr.coef} if cpr else {}), meta, os.path.basename(out or ""))
-    if out is not None and engine.world.rank == 0:
-        made.save(out)
-    engine.kept.remove()
-    return made
+    return engine.finish(made)
 
 
 def _label(calls: int, guidance: float | None) -> str:

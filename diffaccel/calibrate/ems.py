@@ -195,10 +195,7 @@ def ems(
         "receipt": receipt | {"standard error of l": fit.l_error, "cost": cost},
     }
     made = Artifact("ems", tensors, meta)
-    if out is not None and engine.world.rank == 0:
-        made.save(out)
-    engine.kept.remove()
-    return made
+    return engine.finish(made)
 
 
 def _lams(path: Path, nodes: int, given: tuple[float, float] | None) -> np.ndarray:

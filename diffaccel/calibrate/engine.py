@@ -19,6 +19,7 @@ import torch
 from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialize
 
+from ..artifact import Artifact
 from ..core.node import Node
 from ..core.path import Nodes, Path
 from ..drive import Driver, denoiser
@@ -89,6 +90,7 @@ class Engine:
         rank = f".{self.world.rank}of{self.world.size}" if self.world.size > 1 else ""
         partial = None if out is None else f"{os.fspath(out)}.partial{rank}"
         self.kept = Checkpoint(partial, own | dict(settings or {}))
+        self._out = out
         self.calls = int(self.kept.notes.get("calls", 0))
         self._before = float(self.kept.notes.get("seconds", 0.0))
         self._start = time.monotonic()
@@ -134,6 +136,13 @@ class Engine:
                 raise
             finally:
                 self._bar = None
+
+    def finish(self, made: Artifact) -> Artifact:
+        """Save the artifact where one was asked for (rank 0), and forget the state of the stopped calibration."""
+        if self._out is not None and self.world.rank == 0:
+            made.save(self._out)
+        self.kept.remove()
+        return made
 
     # ------------------------------------------------------------------ batches
     def batches(self, first: int, count: int) -> list[Batch]:

@@ -115,10 +115,7 @@ def epsilon(
             "receipt": receipt,
         },
     )
-    if out is not None:
-        made.save(out)
-    engine.kept.remove()
-    return made
+    return engine.finish(made)
 
 
 def secant(f: Callable[[float], float]) -> float:

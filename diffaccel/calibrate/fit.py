@@ -120,11 +120,7 @@ def fit(
         "call": {k: str(v) for k, v in call.items()},
         "cost": engine.cost,
     }
-    artifact = _artifact(plan, tables, common, meta, None if out is None else FilePath(out).name)
-    if out is not None:
-        artifact.save(out)
-    engine.kept.remove()
-    return artifact
+    return engine.finish(_artifact(plan, tables, common, meta, None if out is None else FilePath(out).name))
 
 
 def fit_function(

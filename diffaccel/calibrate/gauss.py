@@ -106,10 +106,7 @@ def gauss(
             "receipt": receipt,
         },
     )
-    if out is not None:
-        made.save(out)
-    engine.kept.remove()
-    return made
+    return engine.finish(made)
 
 
 def one_budget(kind: str, calls: int | Sequence[int]) -> int:

@@ -119,10 +119,7 @@ def spectrum(
             "receipt": receipt,
         },
     )
-    if out is not None:
-        made.save(out)
-    engine.kept.remove()
-    return made
+    return engine.finish(made)
 
 
 def law_of(artifact: Artifact) -> Spectrum:
