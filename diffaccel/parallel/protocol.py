@@ -113,7 +113,33 @@ class Context:
         self.close()
 
 
-class SoloWorld(Context):
+class OneProcess(Context):
+    """A world in one process, in which what speaks outside of a run speaks for every rank."""
+
+    size: int
+
+    def gather(
+        self,
+        name: str,
+        payload: bytes,
+        *,
+        timeout: float | None = TIMEOUT,
+        stall: float | None = None,
+        tick: Callable[[], Any] | None = None,
+    ) -> list[bytes]:
+        return [payload] * self.size
+
+    def broadcast(self, name: str, payload: bytes | None, *, timeout: float | None = TIMEOUT) -> bytes:
+        return payload or b""
+
+    def barrier(self, name: str, *, timeout: float | None = TIMEOUT) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+class SoloWorld(OneProcess):
     """One process: every message is the identity."""
 
     rank = 0
@@ -139,28 +165,8 @@ class SoloWorld(Context):
         self._counters[name] = self._counters.get(name, 0) + amount
         return self._counters[name]
 
-    def gather(
-        self,
-        name: str,
-        payload: bytes,
-        *,
-        timeout: float | None = TIMEOUT,
-        stall: float | None = None,
-        tick: Callable[[], Any] | None = None,
-    ) -> list[bytes]:
-        return [payload]
-
-    def broadcast(self, name: str, payload: bytes | None, *, timeout: float | None = TIMEOUT) -> bytes:
-        return payload or b""
-
-    def barrier(self, name: str, *, timeout: float | None = TIMEOUT) -> None:
-        return
-
     def abort(self, reason: str) -> bool:
         return True
-
-    def close(self) -> None:
-        return
 
 
 def line(error: BaseException) -> str:

@@ -14,10 +14,10 @@ import torch
 
 from ..errors import OptionError
 from .mail import About, Mail, Shape, Traffic
-from .protocol import TIMEOUT, Context, T, WorldError, line
+from .protocol import TIMEOUT, OneProcess, T, WorldError, line
 
 
-class EmulatedWorld(Context):
+class EmulatedWorld(OneProcess):
     """`size` ranks, alive while `run` runs; outside of it, what calls is rank 0 and speaks for all.
 
     Args:
@@ -104,23 +104,6 @@ class EmulatedWorld(Context):
             self._counters[name] = self._counters.get(name, 0) + amount
             return self._counters[name]
 
-    def gather(
-        self,
-        name: str,
-        payload: bytes,
-        *,
-        timeout: float | None = TIMEOUT,
-        stall: float | None = None,
-        tick: Callable[[], Any] | None = None,
-    ) -> list[bytes]:
-        return [payload] * self.size
-
-    def broadcast(self, name: str, payload: bytes | None, *, timeout: float | None = TIMEOUT) -> bytes:
-        return payload or b""
-
-    def barrier(self, name: str, *, timeout: float | None = TIMEOUT) -> None:
-        return
-
     def abort(self, reason: str) -> bool:
         with self._news:
             first = self._failure is None
@@ -128,9 +111,6 @@ class EmulatedWorld(Context):
                 self._failure = WorldError(f"rank {self.rank} failed: {reason}", told=True)
             self._news.notify_all()
         return first
-
-    def close(self) -> None:
-        return
 
 
 class _Letters:
