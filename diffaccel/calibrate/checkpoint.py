@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import time
@@ -65,6 +66,7 @@ class Checkpoint:
         self._written = time.monotonic()
 
     def remove(self) -> None:
-        """The calibration is finished."""
+        """The calibration is finished: the file goes, and what a process killed while writing it left."""
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            for file in (self.path, *self.path.parent.glob(f".{glob.escape(self.path.name)}.*")):
+                file.unlink(missing_ok=True)

@@ -215,6 +215,15 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         Checkpoint(tmp_path / "p", {"a": 1})
 
 
+def test_what_a_killed_writer_left_goes_with_the_checkpoint(tmp_path):
+    kept = Checkpoint(tmp_path / "p[1]", {})
+    kept.save()
+    for name in (".p[1].abc", ".p1.abc", "p[1]x"):
+        (tmp_path / name).touch()
+    kept.remove()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".p1.abc", "p[1]x"]
+
+
 # ---------------------------------------------------------------------- verdicts
 def test_verdicts():
     rng = np.random.default_rng(0)
