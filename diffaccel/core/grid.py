@@ -125,7 +125,7 @@ def from_timesteps(path: Path, timesteps: Sequence[float], *, final: str = "zero
 
 # ---------------------------------------------------------------------- helpers
 def native(node: Node, path: Path) -> float:
-    """The sigma in which diffusers spaces Karras, exponential and beta grids: sigma for flow, else sigma/alpha."""
+    """What diffusers calls sigma (Karras, exponential, beta grids are spaced in it): flow sigma, else sigma/alpha."""
     return node.sigma if isinstance(path, Flow) else node.level
 
 

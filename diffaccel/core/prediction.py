@@ -57,6 +57,10 @@ class Output:
     def __post_init__(self) -> None:
         one_of("kind of model output", self.kind, [*SPACES, "edm_eps", "edm_v"])
 
+    def input_scale(self, sigma: float) -> float:
+        """What a state of an EDM path is multiplied by before the network sees it: c_in of the same table."""
+        return (sigma * sigma + self.sigma_data * self.sigma_data) ** -0.5
+
     @classmethod
     def of(cls, prediction_type: str) -> Output:
         """From diffusers' `prediction_type`."""

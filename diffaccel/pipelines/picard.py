@@ -113,7 +113,7 @@ class _Session:
         """What the state of a row is multiplied with before the denoiser sees it (EDM)."""
         if not self.edm:
             return 1.0
-        return float((self.run.rows[row].row.node.sigma ** 2 + self.output.sigma_data**2) ** -0.5)
+        return self.output.input_scale(self.run.rows[row].row.node.sigma)
 
     def learn(self, sample: torch.Tensor, timestep: torch.Tensor) -> None:
         """From the first call: how the pipeline makes the denoiser's state and time from `sample` and `timestep`.

@@ -36,8 +36,9 @@ NEAREST = {
     "flow": "FlowMatchEulerDiscreteScheduler",
     "edm": "EDMDPMSolverMultistepScheduler",
 }
-# constructor arguments that do not concern the path
-OURS = ("sampler", "sampler_options", "artifact", "rewrite", "policy", "check_finite")
+# constructor arguments that choose the run, and all that do not concern the path
+CHOICES = ("sampler", "sampler_options", "artifact", "rewrite", "policy")
+OURS = (*CHOICES, "check_finite")
 
 
 def merged(cls: Any, config: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

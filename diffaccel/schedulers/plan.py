@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from ..core.families import Flow
-from ..core.grid import checked, from_sigmas, from_timesteps
+from ..core.grid import checked, from_sigmas, from_timesteps, native
 from ..core.grid import nodes as grid_nodes
 from ..core.node import Node
 from ..core.path import Nodes, Path
 from ..errors import OptionError
 from ..samplers.registry import Sampler
 from .from_config import grid_of, path_of
-from .run import Run, sigma_of
+from .run import Run
 
 MU = (
     "this model's grid depends on the resolution (use_dynamic_shifting): set_timesteps needs mu, which pipelines "
@@ -61,7 +61,7 @@ def run_on(nodes: Nodes, sampler: Sampler, options: dict[str, Any], calls: int |
     whole = nodes.path.family == "vp" and all(t == int(t) for t in fed)
     cpu = torch.tensor([int(t) for t in fed] if whole else fed, dtype=torch.int64 if whole else torch.float32)
     levels = table.nodes
-    sigmas = torch.tensor([sigma_of(node, nodes.path.family) for node in levels], dtype=torch.float32)
+    sigmas = torch.tensor([native(node, nodes.path) for node in levels], dtype=torch.float32)
     run = Run(table, levels, nodes, cpu if device is None else cpu.to(device), sigmas, cpu)
     run.checked = sigmas.clone()
     return run

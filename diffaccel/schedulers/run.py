@@ -254,8 +254,3 @@ class PerThread:
         if run is None:
             raise RunError("no run was begun: call set_timesteps before step")
         return run
-
-
-def sigma_of(node: Node, family: str) -> float:
-    """What diffusers calls sigma: sigma on flow paths, sigma/alpha elsewhere."""
-    return node.sigma if family == "flow" else node.level

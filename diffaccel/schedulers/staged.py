@@ -185,8 +185,7 @@ class StagedScheduler(SchedulerMixin, ConfigMixin):
         """As the base scheduler does at the level of the next call."""
         if self.base.config.path != "edm":
             return sample
-        run, data = self.run, output_of(self.base.config).sigma_data
-        return sample * (level(run.time) ** 2 + data * data) ** -0.5
+        return sample * output_of(self.base.config).input_scale(level(self.run.time))
 
     # ------------------------------------------------------------------ a step
     def step(

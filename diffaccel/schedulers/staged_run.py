@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..core.grid import checked
+from ..core.grid import checked, native
 from ..core.node import Node
 from ..core.path import Nodes, Path
 from ..core.stage_plan import Leg
@@ -19,7 +19,7 @@ from ..core.table import Table
 from .from_config import output_of
 from .policy import policy_of
 from .resize import Memory, dct, drawer, idct, resized, transition
-from .run import Run, compiled, sigma_of
+from .run import Run, compiled
 from .table_scheduler import TableScheduler
 
 AHEAD = 3  # nodes beyond a stage's end, so that no sampler takes it for the end of the run
@@ -107,7 +107,7 @@ class StagedRun:
     def lay(self, device: Any = None) -> None:
         """Timesteps and sigmas from the legs. Without a device in place: pipelines iterate over views."""
         nodes = [node for k in range(len(self.legs)) for node in self.nodes(k)[:-1]]
-        levels = [sigma_of(node, self.path.family) for node in (*nodes, self.nodes(len(self.legs) - 1)[-1])]
+        levels = [native(node, self.path) for node in (*nodes, self.nodes(len(self.legs) - 1)[-1])]
         t, sigmas = torch.tensor([node.t for node in nodes], dtype=torch.float32), torch.tensor(levels)
         if device is None and self.timesteps.dtype == t.dtype:
             self.timesteps.copy_(t)

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from ..core.families import VP
+from ..core.grid import native
 from ..core.table import Table
 from ..errors import OptionError, RunError
 from .from_config import grid_of, path_of
 from .guards import training_steps
 from .noising import node_for, noised, velocity
-from .run import PerThread, sigma_of
+from .run import PerThread
 
 
 class Surface:
@@ -61,7 +62,7 @@ class Surface:
             return run.sigmas
         path = path_of(self.config)
         nodes = [*(path.at(float(t)) for t in training_steps(path)), path.end]
-        return torch.tensor([sigma_of(node, path.family) for node in nodes], dtype=torch.float32)
+        return torch.tensor([native(node, path) for node in nodes], dtype=torch.float32)
 
     @sigmas.setter
     def sigmas(self, values: torch.Tensor) -> None:

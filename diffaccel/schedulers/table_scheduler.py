@@ -303,8 +303,7 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
             i = next((k for k in (run.counter, run.begin) if k is not None), None)
             i = first_call(run, timestep) if i is None else i
             sigma = run.nodes[min(i, len(run) - 1)].sigma
-        data = output_of(self.config).sigma_data
-        return sample * (sigma * sigma + data * data) ** -0.5
+        return sample * output_of(self.config).input_scale(sigma)
 
     def step(
         self,
