@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import ModelHook
 
+from ..denoiser.contract import attach, detach
 from ..errors import OptionError, RunError
 
 PREFIX = "diffaccel."
@@ -32,7 +33,7 @@ class Handle:
         self._original, self._scheduler, self._hooks = pipe.scheduler, scheduler, hooks
         refuse_wrapped(pipe)
         for module, hook in hooks.items():
-            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, PREFIX + name)
+            attach(module, hook, PREFIX + name)
         pipe.scheduler = scheduler
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -57,11 +58,11 @@ class Handle:
                 "was on; put the wrapper's scheduler back, or remove the wrapper before changing the scheduler"
             )
         for module in self._hooks:
-            order = registry_of(module)._hook_order
+            order: Any = module._diffusers_hook._hook_order  # type: ignore[union-attr]
             if order[-1] != PREFIX + self.name:
                 raise RunError(f"{self.name}: the hook {order[-1]!r} lies above this wrapper's; remove that one first")
         for module in self._hooks:
-            unhook(module, PREFIX + self.name)
+            detach(module, PREFIX + self.name)
         self.pipe.scheduler = self._original
         self._hooks, self._original = {}, None
 
@@ -87,11 +88,6 @@ def hooks_of(module: torch.nn.Module) -> Iterator[tuple[str, ModelHook]]:
             yield from registry.hooks.items()
 
 
-def registry_of(module: torch.nn.Module) -> Any:
-    """The registry of hooks of a hooked module."""
-    return module._diffusers_hook
-
-
 def refuse_wrapped(pipe: Any) -> None:
     """Raise `OptionError` if one of our wrappers is on the pipeline."""
     for module in denoisers(pipe).values():
@@ -112,12 +108,3 @@ def refuse_stateful(pipe: Any, name: str, why: str) -> None:
                     f"{name}: the hook {hook_name!r} on pipe.{part} remembers earlier calls; {why}. Take it off first "
                     f"(pipe.{part}.disable_cache())"
                 )
-
-
-def unhook(module: torch.nn.Module, name: str) -> None:
-    """Take the uppermost hook off a module, and leave no trace if it was the only one."""
-    registry = registry_of(module)
-    registry.remove_hook(name, recurse=False)
-    if not registry.hooks:
-        del module._diffusers_hook
-        vars(module).pop("forward", None)
