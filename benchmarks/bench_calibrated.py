@@ -22,8 +22,9 @@ import torch
 
 from diffaccel import calibrate, compare, models
 from diffaccel.artifact import Artifact
+from diffaccel.calibrate.ems import GRIDS, SOLVERS
 from diffaccel.calibrate.engine import Batch, Captured, Engine
-from diffaccel.calibrate.validate import errors
+from diffaccel.calibrate.validate import errors, interval
 from diffaccel.core.quad import Ems
 from diffaccel.eval import frechet
 from diffaccel.schedulers import TableScheduler
@@ -32,20 +33,12 @@ CALLS = (5, 6, 8, 10)
 CASES = (("tiny-sd", 4.0), ("tiny-sd", 1.0), ("tiny-flow", 4.0))
 TEACHER_CALLS = 64
 SEEDS = {"calibrate": 5000, "choose": 7000, "report": 8000, "fid": 20000}
-GRIDS: tuple[dict[str, Any], ...] = (
-    {"grid": "trailing"},
-    {"grid": "karras", "grid_options": {"rho": 4.0}},
-    {"grid": "mid", "grid_options": {"w": 0.15}},
-    {"grid": "mid", "grid_options": {"w": 0.4}},
-    {"grid": "uniform_lambda"},
-)
 PLAIN: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "DPM-Solver++ 2M": (("dpmpp", {"order": 2}),),
     "DPM-Solver++ 3M": (("dpmpp", {"order": 3}),),
     "UniPC-2": (("unipc", {"order": 2}),),
     "DEIS-2": (("deis", {"order": 2}),),
 }
-V3 = ({"order": 2, "corrector": None}, {"order": 2, "corrector": "plus"})
 STOCK = (
     "DPM++-2 linspace zero",
     "DPM++-2 trailing zero",
@@ -166,10 +159,10 @@ def rows_of(bench: Bench, made: Artifact, dc: Path | None, n: int) -> list[Row]:
         rows.append(Row(label, shown(grid, {}), ours(bench, sampler, options, grid)))
     ems = Ems(*(made.tensors[k] for k in ("lam", "l", "s", "b")))
     for label, statistics in (("DPM-Solver-v3", ems), ("the same, without statistics", "none")):
-        full = [{**o, "statistics": statistics} for o in V3]
+        full = [{**o, "statistics": statistics} for o in SOLVERS]
         grid, options = best(bench, label, "dpm_v3", full, n)
         plain = {k: v for k, v in options.items() if k != "statistics"}
-        rows.append(Row(label, shown({}, V3[1]), ours(bench, "dpm_v3", full[1], {})))
+        rows.append(Row(label, shown({}, SOLVERS[1]), ours(bench, "dpm_v3", full[1], {})))
         rows.append(Row(label, shown(grid, plain), ours(bench, "dpm_v3", options, grid)))
     for file in sorted(dc.glob(f"{bench.name}-g{bench.guidance:g}-*.safetensors")) if dc else ():
         artifact = Artifact.load(file, "dc")
@@ -190,13 +183,6 @@ def stock_rows(bench: Bench) -> list[Row]:
     return [Row("stock", c.name, lambda n=0, c=c: c.make(config)) for c in found if not c.ramp]
 
 
-def interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
-    """Mean of a - b over images, and its 95 % bootstrap interval."""
-    draws = np.random.default_rng(0).integers(0, len(a), (2000, len(a)))
-    low, high = np.quantile((a - b)[draws].mean(1), (0.025, 0.975))
-    return float((a - b).mean()), float(low), float(high)
-
-
 def report(bench: Bench, dc: Path | None, fid: int) -> dict[str, Any]:
     """Everything of one model at one guidance."""
     made = bench.statistics()
@@ -210,7 +196,7 @@ def report(bench: Bench, dc: Path | None, fid: int) -> dict[str, Any]:
         for key, e in found.items():
             if key[0] == "stock" and key != top:
                 continue
-            change = interval(e, found[top])
+            change = interval(e - found[top])
             table.append({
                 "calls": n, "method": key[0], "setting": key[1], "mean": float(e.mean()), "median": float(np.median(e)),
                 "rmse": float(np.sqrt((e**2).mean())), "minus_stock": change,

@@ -10,19 +10,44 @@ import torch
 from ..core.path import Nodes
 from ..samplers.registry import get
 from ..schedulers import TableScheduler
+from ..schedulers.compat import CHOICES
 from ..schedulers.plan import run_on
 
 See = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
-class Captured(TableScheduler):
-    """A `TableScheduler` that shows each call, and can run on given nodes whatever the pipeline asks for.
+def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's config without its choice of the run."""
+    return {k: v for k, v in config.items() if k not in CHOICES}
+
+
+class OnNodes(TableScheduler):
+    """A `TableScheduler` that runs on `given` nodes, where there are, whatever the pipeline asks for."""
+
+    given: Nodes | None = None
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Any = None,
+        timesteps: Any = None,
+        mu: float | None = None,
+    ) -> None:
+        """Begin a run: on the given nodes, where there are, else as the pipeline asks."""
+        if self.given is None:
+            return super().set_timesteps(num_inference_steps, device, sigmas, timesteps, mu)
+        sampler, options = self._sampler()
+        self._runs.set(run_on(self.given, sampler, options, len(self.given) - 1, device))
+
+
+class Captured(OnNodes):
+    """Shows each call.
 
     Build with `Captured.of`. `see(i, sample, output, state)` is told call i, the state that the model saw, its output
     and the next state, as the pipeline handed them over. Not to be saved with a pipeline.
     """
 
-    _given: Nodes | None = None
     _see: See | None = None
     _own_noise = True
 
@@ -54,25 +79,9 @@ class Captured(TableScheduler):
             name = takes.option
             data = {name: given.pop(name, get(sampler).defaults[name])}
             settings[name] = get(sampler).defaults[name]
-        drop = {"sampler", "sampler_options", "artifact", "rewrite", "policy"}
-        own = {k: v for k, v in config.items() if k not in drop}
-        made: Captured = cls.from_config(own, sampler=sampler, **given, **settings)
-        made._filled, made._given, made._see, made._own_noise = data, nodes, see, own_noise
+        made: Captured = cls.from_config(model_config(config), sampler=sampler, **given, **settings)
+        made._filled, made.given, made._see, made._own_noise = data, nodes, see, own_noise
         return made
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: Any = None,
-        timesteps: Any = None,
-        mu: float | None = None,
-    ) -> None:
-        """Begin a run: on the given nodes, where there are, else as the pipeline asks."""
-        if self._given is None:
-            return super().set_timesteps(num_inference_steps, device, sigmas, timesteps, mu)
-        sampler, options = self._sampler()
-        self._runs.set(run_on(self._given, sampler, options, len(self._given) - 1, device))
 
     @property
     def nodes(self) -> Nodes:

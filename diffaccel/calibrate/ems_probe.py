@@ -263,7 +263,7 @@ class ForwardProbe(Probe):
         """Say which images the points are made from, (B, ...)."""
         self._clean, self._lams = clean, lams
         self._noises = [torch.Generator().manual_seed(0xF0D + seed) for seed in seeds]
-        path = self._given.path  # type: ignore[union-attr]
+        path = self.given.path  # type: ignore[union-attr]
         body = [path.at_lam(float(v)) for v in lams]
         self._plan: list[tuple[Node, int, str]] = []
         for k, node in enumerate(body):
@@ -295,8 +295,7 @@ class ForwardProbe(Probe):
         """See `TableScheduler`; at the level of this visit."""
         if self.config.path != "edm":
             return sample
-        sigma, data = self._plan[self._at][0].sigma, output_of(self.config).sigma_data
-        return sample * (sigma * sigma + data * data) ** -0.5
+        return sample * output_of(self.config).input_scale(self._plan[self._at][0].sigma)
 
     def step(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
         """A visit: measure, and choose the state of the next one."""

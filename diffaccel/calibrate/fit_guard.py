@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-RESAMPLES = 2000
+from .validate import errors, interval
+
 OUTLIERS = 0.1  # share of inputs that may be worse than the baseline before a warning
 WORST = 1.5  # how much worse the worst input may be
 
@@ -37,18 +38,16 @@ class Errors:
 
 def relative(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """`|z - z*| / |z*|` of each image, (n,) float64; not finite counts as infinity."""
-    z, target = (np.asarray(v, np.float64).reshape(len(v), -1) for v in (found, wanted))
     with np.errstate(over="ignore", invalid="ignore"):
-        error = np.linalg.norm(z - target, axis=1) / np.linalg.norm(target, axis=1)
+        error = errors(found, wanted)
     return np.where(np.isfinite(error), error, np.inf)
 
 
 def paired(fitted: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:
     """Geometric mean of the paired ratios of errors, and its 95 % bootstrap interval over inputs."""
     logs = np.log(np.clip(fitted, 1e-30, 1e30)) - np.log(np.clip(base, 1e-30, 1e30))
-    draws = np.random.default_rng(0).integers(0, len(logs), (RESAMPLES, len(logs)))
-    low, high = np.quantile(logs[draws].mean(axis=1), (0.025, 0.975))
-    return float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high))
+    mean, low, high = np.exp(interval(logs))
+    return float(mean), float(low), float(high)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ from ..core.grid import nodes as grid_nodes
 from ..core.path import Nodes
 from ..drive import steps_for
 from ..errors import OptionError
-from ..samplers.registry import get
-from ..schedulers import TableScheduler, TableSchedulerOutput
+from ..schedulers import TableSchedulerOutput
 from ..schedulers.from_config import grid_of, read
-from ..schedulers.plan import run_on
+from .captured import OnNodes, model_config
 from .engine import Batch, Engine, Tensors
 from .fit_run import Step
 
@@ -28,24 +27,12 @@ class _Enough(BaseException):
     """Leaves a pipeline in the middle of its run; pipelines catch nothing of this kind."""
 
 
-class Steered(TableScheduler):
-    """Runs on given nodes; hands state and x0-prediction of each call to `take`, and returns what that makes."""
+class Steered(OnNodes):
+    """Hands state and x0-prediction of each call to `take`, and returns what that makes."""
 
-    given: Nodes
     take: Step
     precise = False
     _exact: torch.Tensor | None = None  # the state before it was rounded to the pipeline's dtype
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: Any = None,
-        timesteps: Any = None,
-        mu: float | None = None,
-    ) -> None:
-        """Begin a run on the given nodes; what the pipeline asks for is not read."""
-        self._runs.set(run_on(self.given, get("ddim"), get("ddim").options({}), len(self.given) - 1, device))
 
     def step(
         self,
@@ -79,8 +66,7 @@ class Piped:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.batch = engine, engine.batch
-        drop = ("sampler", "sampler_options", "artifact", "rewrite", "policy")
-        self._config = {k: v for k, v in engine.pipe.scheduler.config.items() if k not in drop}
+        self._config = model_config(engine.pipe.scheduler.config)
         self.reading = read(engine.pipe.scheduler.config)
         self.path = self.reading.path
 

@@ -84,11 +84,15 @@ def verdict(parent: Sequence[float] | np.ndarray, calibrated: Sequence[float] | 
     a, b = (np.nan_to_num(np.asarray(v, np.float64), nan=1e30, posinf=1e30) for v in (parent, calibrated))
     if a.shape != b.shape or len(a) < FEWEST:
         raise OptionError(f"a verdict needs {FEWEST} pairs of errors or more, got {len(a)} and {len(b)}")
-    change = b - a
-    draws = np.random.default_rng(0).integers(0, len(change), (DRAWS, len(change)))
-    low, high = np.quantile(change[draws].mean(axis=1), (0.025, 0.975))
-    values = (a.mean(), b.mean(), np.median(a), np.median(b), change.mean(), low, high)
-    return Verdict(len(change), *(float(v) for v in values))
+    means, medians = (float(a.mean()), float(b.mean())), (float(np.median(a)), float(np.median(b)))
+    return Verdict(len(a), *means, *medians, *interval(b - a))
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """The mean of values (n,) and its 95 % bootstrap interval."""
+    draws = np.random.default_rng(0).integers(0, len(values), (DRAWS, len(values)))
+    low, high = np.quantile(values[draws].mean(axis=1), (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)
 
 
 def errors(states: np.ndarray, teacher: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.extrapolation import lagrange
 from ..core.linear import carry
 from ..core.node import Node
 from ..core.path import Nodes
@@ -139,14 +140,6 @@ def _range(lam: Sequence[float]) -> str:
 
 
 # ---------------------------------------------------------------------- the replacement
-def lagrange(labels: Sequence[float], at: float) -> list[float]:
-    """The Lagrange basis on `labels`, at a point."""
-    return [
-        float(np.prod([(at - other) / (mine - other) for k, other in enumerate(labels) if k != j]))
-        for j, mine in enumerate(labels)
-    ]
-
-
 class Compensation:
     """`m_i <- sum_j l_j(tau) m_{i-j}` at `tau = t_{i-1} + rho_i (t_i - t_{i-1})`, over the K + 1 newest predictions.
 

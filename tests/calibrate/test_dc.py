@@ -16,10 +16,11 @@ from diffaccel.calibrate.captured import Captured
 from diffaccel.calibrate.cpr import fit_cpr
 from diffaccel.calibrate.dc_search import Search, Student, refined, teacher_states
 from diffaccel.calibrate.engine import Engine
+from diffaccel.core.extrapolation import lagrange
 from diffaccel.core.grid import nodes
 from diffaccel.core.path import Path
 from diffaccel.errors import ArtifactError, OptionError
-from diffaccel.samplers.dc import PARENTS, cpr_ratio, lagrange
+from diffaccel.samplers.dc import PARENTS, cpr_ratio
 from diffaccel.samplers.registry import get
 from diffaccel.schedulers import DCSolverScheduler
 from diffaccel.testing.pipelines import build, call_kwargs
