@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from jobs import outcome
 
 HERE = Path(__file__).parent
 
@@ -18,10 +16,7 @@ HERE = Path(__file__).parent
 def runs(tmp_path_factory) -> dict:
     """What the ranks of each scenario of patch_jobs.py did."""
     work = tmp_path_factory.mktemp("patch")
-    command = [sys.executable, str(HERE / "patch_jobs.py"), str(work)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {**json.loads(done.stdout.splitlines()[-1]), "folder": work}
+    return outcome(HERE / "patch_jobs.py", work, 300) | {"folder": work}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from jobs import outcome
 
 HERE = Path(__file__).parent
 
@@ -20,10 +21,7 @@ def work(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def codes(work) -> dict:
-    command = [sys.executable, str(HERE / "pipeline_jobs.py"), str(work)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout)
+    return outcome(HERE / "pipeline_jobs.py", work, 400)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from jobs import outcome
 
 HERE = Path(__file__).parent
 
@@ -20,10 +19,7 @@ def work(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def codes(work) -> dict:
-    command = [sys.executable, str(HERE / "sweep_jobs.py"), str(work)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout)
+    return outcome(HERE / "sweep_jobs.py", work, 900)
 
 
 def plain(folder: Path) -> dict:

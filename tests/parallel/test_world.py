@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from jobs import outcome
 
 from diffaccel.errors import OptionError
 from diffaccel.parallel.agree import differences, same_on_all
@@ -23,10 +23,7 @@ HERE = Path(__file__).parent
 def runs(tmp_path_factory) -> dict:
     """What happened to 2 or 3 gloo ranks in each scenario of world_jobs.py."""
     work = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, str(HERE / "world_jobs.py"), str(work)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout)
+    return outcome(HERE / "world_jobs.py", work, 120)
 
 
 def test_messages_reach_every_rank(runs):
