@@ -1,0 +1,340 @@
+"""The linear layers of a denoiser in int8 or fp8, by torchao, and the way back."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..artifact import Artifact
+from ..errors import ArtifactError, OptionError, RunError, one_of
+from ..identity import model_identity
+
+MODES = {
+    "w8a8": "int8 weights a channel, int8 activations a token",
+    "w8": "int8 weights a channel; saves memory, no time on the CPU",
+    "fp8": "fp8 weights a channel, fp8 activations a token; CUDA 8.9 or newer",
+}
+BACKENDS = ("torchao",)
+MULTIPLE = 16  # of both sizes of a layer, as the int8 and fp8 matrix products need
+# Small layers whose output scales or shifts everything after them: embedders of time and text, modulation.
+DELICATE = re.compile(r"(norm|ada_?ln|.*emb|time_|.*modulation|.*_mod$|mod$)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Quant:
+    """How a denoiser is quantised.
+
+    Args:
+        mode: "w8a8", "w8" or "fp8", see `MODES`.
+        skip: patterns (`fnmatch`) of layers that stay as they are beside the default ones.
+        min_features: layers with fewer inputs stay: there int8 costs accuracy and gains nothing.
+        keep_float: keep the float weights (on the CPU) so that `undo` is exact; False frees them, for good.
+        backend: "torchao".
+
+    Raises:
+        OptionError: an unknown mode or backend, `min_features` below 1.
+    """
+
+    mode: str = "w8a8"
+    skip: tuple[str, ...] = ()
+    min_features: int = 256
+    keep_float: bool = True
+    backend: str = "torchao"
+
+    def __post_init__(self) -> None:
+        one_of("quantisation", self.mode, MODES)
+        one_of("backend of quantisation", self.backend, BACKENDS)
+        if self.min_features < 1:
+            raise OptionError(f"min_features is a width, got {self.min_features}")
+        object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
+
+    @classmethod
+    def of(cls, value: Quant | str | None) -> Quant | None:
+        """The settings that an option `quant=` means."""
+        return cls(value) if isinstance(value, str) else value
+
+
+@dataclass
+class Quantised:
+    """A denoiser whose layers were quantised; `undo()` gives it its own weights back.
+
+    Args:
+        module: the denoiser.
+        quant: the settings.
+        identity: of the checkpoint, read before (`identity.model_identity`).
+        layers: names of the quantised layers.
+        skipped: reason -> names of the linear layers that stay.
+    """
+
+    module: torch.nn.Module
+    quant: Quant
+    identity: dict[str, Any]
+    layers: list[str]
+    skipped: dict[str, list[str]]
+    _weights: dict[str, torch.nn.Parameter] = field(default_factory=dict, repr=False)
+    _float: tuple[torch.nn.Module, str, torch.dtype] | None = field(default=None, repr=False)
+    _guard: Any = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        stay = "; ".join(f"{len(names)} {reason}" for reason, names in self.skipped.items())
+        return f"{self.quant.mode}: {len(self.layers)} linear layers, left in float: {stay or 'none'}"
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What another session needs to make the same model again (JSON); see `quantise`."""
+        import torchao
+
+        return {
+            "mode": self.quant.mode,
+            "backend": self.quant.backend,
+            "torchao": torchao.__version__,
+            "layers": self.layers,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> Artifact:
+        """Write the recipe, an artifact of kind "quant"; `quantise(module, path)` follows it."""
+        made = Artifact("quant", {}, {"quant": self.recipe, "model": self.identity}, os.path.basename(path))
+        made.save(path)
+        return made
+
+    def check(self) -> None:
+        """Raise if the model was converted or given an adapter since.
+
+        Raises:
+            RunError: saying what to do.
+        """
+        if self._float is not None:
+            owner, name, dtype = self._float
+            now = getattr(owner, name).dtype
+            if now is not dtype:
+                raise RunError(
+                    f"the denoiser was quantised in {_short(dtype)} and converted to {_short(now)} afterwards, which "
+                    f"its {len(self.layers)} quantised layers do not follow. Take the quantisation off, convert with "
+                    "pipe.to(dtype), and quantise again"
+                )
+        if getattr(self.module, "_hf_peft_config_loaded", False):
+            raise RunError(
+                "an adapter (LoRA) was loaded on a quantised denoiser. Take the quantisation off, load the adapter, "
+                "call pipe.fuse_lora() and pipe.unload_lora_weights(), and quantise again"
+            )
+
+    def undo(self) -> None:
+        """Give the module its own weights back, the same objects. Doing it twice does nothing.
+
+        Raises:
+            RunError: with `keep_float=False`.
+        """
+        if self._guard is None:
+            return
+        if not self.quant.keep_float:
+            raise RunError("the float weights were freed (keep_float=False); load the pipeline again")
+        self._guard.remove()
+        self._guard = None
+        for name, weight in self._weights.items():
+            layer = self.module.get_submodule(name)
+            weight.data = weight.data.to(layer.weight.device)  # type: ignore[union-attr,arg-type]
+            layer.weight = weight
+            layer.__dict__.pop("extra_repr", None)  # torchao's
+        self._weights.clear()
+
+    def _before(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.check()
+
+
+def quantise(module: torch.nn.Module, quant: Quant | Artifact | str | os.PathLike[str]) -> Quantised:
+    """Quantise a denoiser in place. Before hooks, offloading and `compile`; after `.to(dtype)` and fused adapters.
+
+    By default every `nn.Linear` in the blocks with `min_features` inputs or more and sizes in multiples of 16;
+    embedders, modulation and the last projection stay.
+
+    Args:
+        module: the denoiser.
+        quant: settings, or a mode, or the artifact of a recipe (or its file), which names the layers.
+
+    Raises:
+        OptionError: no layer fits, a pattern of `skip` without effect, a model that is quantised already, has unfused
+            adapters, lies on the meta device, or is one that this mode would slow down or cannot run.
+        ArtifactError: a recipe of another checkpoint, or of another torchao.
+    """
+    recipe: Artifact | None = None
+    if isinstance(quant, Artifact) or (isinstance(quant, (str, os.PathLike)) and str(quant) not in MODES):
+        recipe = _recipe_of(quant)
+        quant = Quant(recipe.meta["quant"]["mode"])
+    assert isinstance(quant, (Quant, str))
+    quant = Quant.of(quant) or Quant()
+    _refuse(module, quant)
+    identity = model_identity(module)
+    layers, skipped = _chosen(module, quant) if recipe is None else _listed(module, recipe, identity)
+    weights = {name: module.get_submodule(name).weight for name in layers}
+    done = Quantised(module, quant, identity, layers, skipped)
+    _apply(module, quant.mode, set(layers))
+    if quant.keep_float:
+        for weight in weights.values():
+            weight.data = weight.data.cpu()  # type: ignore[union-attr,operator]
+        done._weights = weights  # type: ignore[assignment]
+    done._float = _witness(module)
+    done._guard = module.register_forward_pre_hook(done._before)
+    return done
+
+
+def is_quantised(module: torch.nn.Module) -> str:
+    """How a model is quantised already, by whomever, or ""."""
+    method = getattr(module, "quantization_method", None) or getattr(module, "hf_quantizer", None)
+    if method is not None:
+        return str(getattr(method, "value", None) or type(method).__name__)
+    for name, parameter in module.named_parameters():
+        if type(parameter) is not torch.nn.Parameter and type(parameter.data) is not torch.Tensor:
+            return f"{name} is a {type(parameter.data).__name__}"
+    for name, part in module.named_modules():
+        kind = type(part)
+        if any(library in kind.__module__ for library in ("bitsandbytes", "nunchaku", "gguf", "quanto")):
+            return f"{name} is a {kind.__module__.split('.')[0]} {kind.__name__}"
+    return ""
+
+
+# ---------------------------------------------------------------------- refusals
+def _refuse(module: torch.nn.Module, quant: Quant) -> None:
+    already = is_quantised(module)
+    if already:
+        raise OptionError(
+            f"this denoiser is quantised already ({already}); leave out quant= (caches and compensation work on it as "
+            "it is), or load the model in float"
+        )
+    if getattr(module, "_hf_peft_config_loaded", False):
+        raise OptionError("this denoiser has adapters: call pipe.fuse_lora() and pipe.unload_lora_weights() first")
+    hooked = [
+        name for part in module.modules() for name in getattr(getattr(part, "_diffusers_hook", None), "hooks", ())
+    ]
+    if hooked or hasattr(module, "_hf_hook"):
+        raise OptionError(
+            f"this denoiser has hooks ({hooked[0] if hooked else 'of accelerate: offloading'}); quantise first, then "
+            "hook or offload"
+        )
+    compiled = [part for part in module.modules() if getattr(part, "_compiled_call_impl", None) is not None]
+    if compiled or hasattr(module, "_orig_mod"):
+        raise OptionError("this denoiser is compiled; quantise first, then compile")
+    weight = next(module.parameters())
+    if weight.is_meta:
+        raise OptionError("this denoiser has no weights yet (meta device); load them first")
+    _refuse_device(quant.mode, weight.device, weight.dtype)
+
+
+def _refuse_device(mode: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Where a mode cannot run, or would be slower than what is there."""
+    if device.type == "cuda":
+        have = torch.cuda.get_device_capability(device)
+        needed = (8, 9) if mode == "fp8" else (8, 0)
+        if have < needed:
+            raise OptionError(f"{mode} needs CUDA capability {needed[0]}.{needed[1]}, this GPU has {have[0]}.{have[1]}")
+        if mode == "fp8" and dtype is not torch.bfloat16:
+            raise OptionError(f"fp8 needs bfloat16 weights, these are {_short(dtype)}: pipe.to(torch.bfloat16) first")
+    elif mode == "fp8":
+        raise OptionError(f"fp8 needs a CUDA GPU of capability 8.9 or newer, this model is on {device.type}; use w8a8")
+    elif mode == "w8a8" and dtype is not torch.float32:
+        raise OptionError(
+            f"w8a8 is slower than {_short(dtype)} on the {device.type}; keep {_short(dtype)} without quant=, or use "
+            "float32 with w8a8"
+        )
+
+
+# ---------------------------------------------------------------------- which layers
+def _linears(module: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    return {name: part for name, part in module.named_modules() if type(part) is torch.nn.Linear}
+
+
+def _chosen(module: torch.nn.Module, quant: Quant) -> tuple[list[str], dict[str, list[str]]]:
+    """Names of the layers to quantise, and reason -> names of those that stay."""
+    chosen: list[str] = []
+    skipped: dict[str, list[str]] = {}
+    linears = _linears(module)
+    for pattern in quant.skip:
+        if not fnmatch.filter(linears, pattern):
+            raise OptionError(f"quant: skip={pattern!r} matches none of the {len(linears)} linear layers")
+    for name, layer in linears.items():
+        reason = _reason(name, layer, quant)
+        (skipped.setdefault(reason, []) if reason else chosen).append(name)
+    if not chosen:
+        found = "; ".join(f"{len(names)} {reason}, as {names[0]}" for reason, names in skipped.items())
+        raise OptionError(
+            f"no layer of this {type(module).__name__} can be quantised: {found or 'it has no nn.Linear'}. A narrow "
+            "model needs Quant(mode, min_features=...)"
+        )
+    return chosen, skipped
+
+
+def _reason(name: str, layer: torch.nn.Linear, quant: Quant) -> str:
+    """Why a layer stays in float, or ""."""
+    parts = name.split(".")
+    if any(fnmatch.fnmatch(name, pattern) for pattern in quant.skip):
+        return "by skip="
+    if not any(part.isdigit() for part in parts):
+        return "outside the blocks"
+    if any(DELICATE.match(part) for part in parts):
+        return "embedding or modulation"
+    if layer.in_features < quant.min_features:
+        return f"with fewer than {quant.min_features} inputs"
+    if layer.in_features % MULTIPLE or layer.out_features % MULTIPLE:
+        return f"of sizes that {MULTIPLE} does not divide"
+    return ""
+
+
+def _listed(
+    module: torch.nn.Module, recipe: Artifact, identity: Mapping[str, Any]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """As `_chosen`, by a recipe."""
+    import torchao
+
+    made, told = recipe.meta["model"], recipe.meta["quant"]
+    for what in ("class", "config_sha256", "weights_sha256"):
+        if made[what] != identity[what]:
+            raise ArtifactError(f"{recipe.file} belongs to another model: {what} {made[what]}, here {identity[what]}")
+    if told["torchao"] != torchao.__version__:
+        raise ArtifactError(
+            f"{recipe.file} was made with torchao {told['torchao']}, here is {torchao.__version__}, whose rounding may "
+            "differ; install that one, or quantise anew"
+        )
+    listed = set(told["layers"])
+    rest = [name for name in _linears(module) if name not in listed]
+    return list(told["layers"]), {"by the recipe": rest} if rest else {}
+
+
+def _recipe_of(source: Artifact | str | os.PathLike[str]) -> Artifact:
+    if isinstance(source, str) and not os.path.exists(source):
+        one_of("quantisation (no file of that name either)", source, MODES)
+    found = source if isinstance(source, Artifact) else Artifact.load(source)
+    if not {"mode", "layers"} <= set(found.meta.get("quant") or ()):
+        raise ArtifactError(f"{found.file} (kind {found.kind!r}) holds no recipe of a quantisation")
+    return found
+
+
+# ---------------------------------------------------------------------- torchao
+def _apply(module: torch.nn.Module, mode: str, layers: set[str]) -> None:
+    try:
+        from torchao import quantization as ao
+    except ImportError as error:
+        raise OptionError(f"quant={mode!r} needs torchao: pip install 'diffaccel[quant]' ({error})") from None
+    if mode == "fp8":
+        config: Any = ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())
+    else:
+        config = ao.Int8DynamicActivationInt8WeightConfig() if mode == "w8a8" else ao.Int8WeightOnlyConfig()
+    ao.quantize_(module, config, filter_fn=lambda part, name: name in layers)
+
+
+def _witness(module: torch.nn.Module) -> tuple[torch.nn.Module, str, torch.dtype] | None:
+    """A float parameter, which follows `.to(dtype)` where quantised weights do not: (owner, name, dtype)."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if type(parameter) is torch.nn.Parameter and parameter.is_floating_point():
+                return part, name, parameter.dtype
+    return None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
