@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,21 +12,16 @@ from typing import Any
 import numpy as np
 
 from ..artifact import Artifact, path_identity
-from ..compare import stock
 from ..core.node import Node
 from ..core.path import Path
 from ..drive import denoiser
 from ..errors import ArtifactWarning, OptionError
-from ..identity import check_model, model_identity
-from ..prompts import read_prompts
+from ..identity import check_model
 from ..samplers.fitted import Rows, Tables
-from .engine import Engine
 from .fit_core import Fitted, Fitting, Plan
-from .fit_guard import Errors, relative
-from .fit_pipe import Piped
 from .fit_run import Functional
+from .fit_setup import budgets, default, prepared
 from .grid import AUTO
-from .validate import STOCK
 
 KIND = "fit"
 
@@ -88,39 +82,23 @@ def fit(
     Warns:
         ArtifactWarning: for what the receipt warns of.
     """
-    if prompts is None:
-        raise OptionError("fit needs prompts: 16 or more like those that you will use, a list or a file (one a line)")
-    named = read_prompts(FilePath(prompts) if isinstance(prompts, os.PathLike) else prompts)
     plan = Plan(
-        *(_budgets(calls), samples, holdout, teacher_steps, order, ridge),
+        *(budgets(calls), samples, holdout, teacher_steps, order, ridge),
         *(_grids(grids), moves, channels, rounded, rivals or "none"),
     )
-    settings = {"kind": KIND, "plan": _json(plan), "model": model_identity(pipe)["weights_sha256"]}
-    engine = Engine(
-        pipe, named, guidance=guidance, call=call, batch=batch, seed=seed, out=out, settings=settings, progress=progress
-    )
-    runner = Piped(engine)
-    tried = _rivals(pipe, plan.rivals)
-    made = Fitting(runner, plan, own=runner.own_nodes, memo=runner.memo, rivals=_measure(runner, tried))
-    shape = runner.shape()
-    made.groups = _channels(shape, engine.pipe)
-    twice = made.runs_twice(memory_limit, int(np.prod(shape)))
-    planned = plan.cost(batch, len(tried), twice)
+    how: dict[str, Any] = {"guidance": guidance, "call": call, "batch": batch, "seed": seed, "out": out}
+    setup = prepared(KIND, pipe, prompts, plan, _json(plan), progress=progress, **how)
+    engine, made = setup.engine, setup.made
+    made.groups = _channels(setup.shape, pipe)
+    twice = made.runs_twice(memory_limit, int(np.prod(setup.shape)))
+    planned = plan.cost(batch, setup.rivals, twice)
     if progress:
         again = ", the teacher twice because its states need more than memory_limit" if twice else ""
         print(f"fit: at most {planned} model calls ({planned / 50:.0f} images at 50 calls){again}", flush=True)
     with engine.working(planned, "fit"):
         tables, common = _all(made)
-    meta = {
-        "path": path_identity(runner.path, runner.reading.settings["prediction_type"]),
-        "model": model_identity(pipe),
-        "guidance": guidance if guidance is not None else _default(pipe, "guidance_scale"),
-        "shape": list(shape),
-        "seeds": [seed, seed + samples + holdout],
-        "call": {k: str(v) for k, v in call.items()},
-        "cost": engine.cost,
-    }
-    return engine.finish(_artifact(plan, tables, common, meta, None if out is None else FilePath(out).name))
+    name = None if out is None else FilePath(out).name
+    return engine.finish(_artifact(plan, tables, common, setup.meta(), name))
 
 
 def fit_function(
@@ -148,7 +126,7 @@ def fit_function(
     """
     noise = np.asarray(noise)
     grids = _grids(options.pop("grids", "auto"))
-    plan = Plan(_budgets(calls), samples, len(noise) - samples, grids=grids, rivals="none", **options)
+    plan = Plan(budgets(calls), samples, len(noise) - samples, grids=grids, rivals="none", **options)
     made = Fitting(Functional(predict, path, noise, batch), plan)
     tables, common = _all(made)
     meta = {"path": path_identity(path, "sample"), "shape": list(noise.shape[1:])}
@@ -172,11 +150,11 @@ def extend(artifact: Artifact, pipe: Any, prompts: Any, calls: int | Sequence[in
     check_model(artifact.of_kind(KIND), pipe)
     fixed = {k: v for k, v in artifact.meta["options"].items() if k != "calls"}
     taken = sorted({*fixed, "guidance", "seed"} & set(options))
-    known = sorted(set(_budgets(calls)) & set(artifact.meta["calls"]))
+    known = sorted(set(budgets(calls)) & set(artifact.meta["calls"]))
     if taken or known:
         what = f"{', '.join(taken)}: decided by the artifact" if taken else f"it holds tables for {known} calls already"
         raise OptionError(f"extend: {what}")
-    guidance = artifact.meta["guidance"] if _default(pipe, "guidance_scale") is not None else None
+    guidance = artifact.meta["guidance"] if default(pipe, "guidance_scale") is not None else None
     seed = artifact.meta["seeds"][0]
     more = fit(pipe, prompts, calls, guidance=guidance, seed=seed, **fixed, **options)
     receipt = {**artifact.meta["receipt"], **more.meta["receipt"]}
@@ -196,10 +174,6 @@ def rows_of(artifact: Artifact, calls: int) -> Rows:
 
 
 # ---------------------------------------------------------------------- parts
-def _budgets(calls: int | Sequence[int]) -> tuple[int, ...]:
-    return (calls,) if isinstance(calls, int) else tuple(sorted(set(calls)))
-
-
 def _grids(grids: str | Sequence[str]) -> tuple[str, ...]:
     if grids == "auto":
         return AUTO
@@ -210,52 +184,12 @@ def _json(plan: Plan) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(plan).items()}
 
 
-def _default(pipe: Any, name: str) -> Any:
-    found = inspect.signature(pipe.__call__).parameters.get(name)
-    return None if found is None or found.default is inspect.Parameter.empty else found.default
-
-
 def _channels(shape: tuple[int, ...], pipe: Any) -> tuple[int, ...]:
     """The shape of a coefficient for each channel; () where it is not known which axis they are."""
     channels = getattr(denoiser(pipe).config, "in_channels", None)
     axes = [k for k, n in enumerate(shape) if n == channels]
     axis = 0 if len(shape) > 2 else axes[0] if len(axes) == 1 else None
     return () if axis is None or shape[axis] == 1 else tuple(n if k == axis else 1 for k, n in enumerate(shape))
-
-
-def _rivals(pipe: Any, which: str) -> list[Any]:
-    if which == "none":
-        return []
-    found = stock(pipe.scheduler.config)
-    return found if which == "all" else [c for c in found if c.name in STOCK]
-
-
-def _measure(runner: Piped, tried: list[Any]) -> Callable[..., list[Errors]]:
-    """Errors of the pipeline's present scheduler (first, if it can spend so many calls) and of others."""
-
-    def measured(inputs: Sequence[int], calls: int, images: dict[int, np.ndarray]) -> list[Errors]:
-        wanted = np.stack([images[n] for n in inputs])
-        name = f"the pipeline's {type(runner.engine.pipe.scheduler).__name__}"
-        runs: list[tuple[str, Any, int | None, bool]] = [(name, None, None, False)]
-        runs += [(c.name, c.make, c.steps(calls), c.ramp) for c in tried]
-        found = []
-        for name, make, steps, ramp in runs:
-
-            def compute(make: Any = make, steps: Any = steps, ramp: Any = ramp) -> dict[str, np.ndarray]:
-                try:
-                    states = runner.rival(inputs, calls, make, steps, ramp)
-                except (ValueError, IndexError, RuntimeError, ImportError):  # it cannot run this path or this number
-                    states = None
-                return {"e": np.zeros(0) if states is None else relative(states, wanted)}
-
-            errors = runner.memo(f"rivals/{calls}/{name}", compute)["e"]
-            if len(errors):
-                found.append(Errors(name, errors))
-            elif make is None:
-                found.append(Errors(f"{name} (cannot make {calls} calls)", np.full(len(inputs), np.inf)))
-        return found
-
-    return measured
 
 
 def _all(made: Fitting) -> tuple[dict[int, Fitted], dict[str, Any]]:

@@ -18,6 +18,7 @@ from .fit_run import Runner, Teacher, analytic, batches, fit_once, fit_rows, sta
 from .grid import AUTO, GRIDS, choose, descend, teacher_nodes
 
 Tensors = dict[str, np.ndarray]
+Tables = dict[str, tuple[Nodes, np.ndarray]]  # by name: nodes and normalised rows
 RIVALS = ("usual", "all", "none")
 Memo = Callable[[str, Callable[[], Tensors]], Tensors]
 
@@ -313,29 +314,46 @@ class Fitting:
 
     # ------------------------------------------------------------------ guard
     def _judged(self, calls: int, made: Fitted) -> Fitted:
-        plan, order = self.plan, self.plan.order
-        calibration = self.errors(f"{calls}/calibration", made.nodes, made.w, self.inputs).rmse
-        fitted = self.errors(f"{calls}/fitted", made.nodes, made.w, self.held)
-        tables = {"DPM++ 2M on the chosen nodes": made.nodes}
-        own = self.own(calls)
-        if own is not None:
-            tables["DPM++ 2M on the pipeline's grid"] = own
-        if plan.order == 1:
-            tables = {name.replace("DPM++ 2M", "DDIM"): nodes for name, nodes in tables.items()}
+        order, name = self.plan.order, "DDIM" if self.plan.order == 1 else "DPM++ 2M"
+        tables = {f"{name} on the chosen nodes": (made.nodes, analytic(made.nodes, order))}
+        report, refused = self.judged("fitted", calls, made.nodes, made.w, tables | self.usual(calls, order))
+        if refused is None:
+            return Fitted(made.nodes, made.w, made.start, made.report | report)
+        nodes, w = (tables | self.usual(calls, order))[refused]
+        start = start_rows(self.teacher.gram, nodes, None, order, self.plan.ridge)
+        return Fitted(nodes, w, start, made.report | report)
+
+    def usual(self, calls: int, order: int) -> Tables:
+        """The analytic rows on the pipeline's own grid, where it has one."""
+        own, name = self.own(calls), "DDIM" if order == 1 else "DPM++ 2M"
+        return {} if own is None else {f"{name} on the pipeline's grid": (own, analytic(own, order))}
+
+    def judged(
+        self, what: str, calls: int, nodes: Nodes, w: np.ndarray, tables: Tables
+    ) -> tuple[dict[str, Any], str | None]:
+        """Run rows on the held-out inputs beside baselines.
+
+        Args:
+            what: their name in the receipt ("fitted").
+            calls: budget.
+            nodes, w: the rows.
+            tables: analytic ones, by name; the pipeline's present scheduler is a baseline too.
+
+        Returns:
+            (what the receipt says, None or the name of the table that stands in for the refused rows).
+        """
+        calibration = self.errors(f"{calls}/calibration", nodes, w, self.inputs).rmse
+        mine = Errors(what, self.errors(f"{calls}/{what}", nodes, w, self.held).values)
         analytics = [
-            Errors(name, self.errors(f"{calls}/{name}", nodes, analytic(nodes, order), self.held).values)
-            for name, nodes in tables.items()
+            Errors(name, self.errors(f"{calls}/{name}", *table, self.held).values) for name, table in tables.items()
         ]
         others = self.rivals(self.held, calls, self.teacher.images)
-        found = judge(Errors("fitted", fitted.values), [*analytics, *others[:1]], calibration)
-        report = made.report | _report(found, fitted, calibration, analytics, others)
+        found = judge(mine, [*analytics, *others[:1]], calibration)
+        report = _report(found, mine, calibration, analytics, others)
         if found.accepted:
-            return Fitted(made.nodes, made.w, made.start, report)
+            return report, None
         best = min(analytics, key=lambda e: e.geometric).name
-        nodes = tables[best]
-        report["table"] = best
-        start = start_rows(self.teacher.gram, nodes, None, order, plan.ridge)
-        return Fitted(nodes, analytic(nodes, order), start, report)
+        return report | {"table": best}, best
 
 
 def _key(chosen: Sequence[int], groups: tuple[int, ...]) -> str:
@@ -343,13 +361,13 @@ def _key(chosen: Sequence[int], groups: tuple[int, ...]) -> str:
 
 
 def _report(
-    found: Judgement, fitted: Errors, calibration: float, analytics: list[Errors], others: list[Errors]
+    found: Judgement, mine: Errors, calibration: float, analytics: list[Errors], others: list[Errors]
 ) -> dict[str, Any]:
     """The receipt of one budget."""
     present, stock = others[:1], others[1:]
     report: dict[str, Any] = {
-        "verdict": "fitted" if found.accepted else "analytic: " + "; ".join(found.notes),
-        "held-out": fitted.summary() | {"images": len(fitted.values)},
+        "verdict": mine.name if found.accepted else "analytic: " + "; ".join(found.notes),
+        "held-out": mine.summary() | {"images": len(mine.values)},
         "calibration rmse": float(f"{calibration:.4g}"),
         "best baseline": found.base.name,
         "ratio to it [95 %]": [round(v, 4) for v in (found.ratio, found.low, found.high)],
@@ -358,11 +376,11 @@ def _report(
     }
     if stock:
         best = min(stock, key=lambda e: float(np.median(e.values)))
-        ratio = float(np.median(fitted.values) / np.median(best.values))
-        improved = float(np.mean(fitted.values < best.values))
+        ratio = float(np.median(mine.values) / np.median(best.values))
+        improved = float(np.mean(mine.values < best.values))
         report["best stock scheduler"] = best.summary() | {
             "tried": len(stock),
-            "fitted / stock, medians": float(f"{ratio:.4g}"),
+            f"{mine.name} / stock, medians": float(f"{ratio:.4g}"),
             "images improved": round(improved, 4),
         }
     if found.accepted and found.notes:

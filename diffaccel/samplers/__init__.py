@@ -30,6 +30,7 @@ from . import (  # noqa: F401
     singlestep,
     skip,
     unipc,
+    usf,
 )
 from .registry import Sampler
 from .registry import samplers as _samplers
