@@ -113,22 +113,8 @@ class Artifact:
         """
         from . import __version__
 
-        path = FilePath(path)
         head = {"kind": self.kind, "format": FORMAT, "library_version": __version__, "sha256": self.sha256}
-        data = serialize(self.tensors, metadata={KEY: json.dumps(head | {"meta": self.meta})})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as out:
-                out.write(data)
-                out.flush()
-                os.fsync(out.fileno())
-            os.chmod(partial, 0o644)
-            os.replace(partial, path)
-        except BaseException:
-            FilePath(partial).unlink(missing_ok=True)
-            raise
-        return path
+        return write_whole(path, serialize(self.tensors, metadata={KEY: json.dumps(head | {"meta": self.meta})}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], kind: str | None = None) -> Artifact:
@@ -164,6 +150,28 @@ class Artifact:
         if self.kind != kind:
             raise ArtifactError(f"{self.file} is an artifact of kind {self.kind!r}; {kind!r} is needed here")
         return self
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> FilePath:
+    """Write a file at once or not at all, and make its folder.
+
+    Returns:
+        the path.
+    """
+    path = FilePath(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        FilePath(partial).unlink(missing_ok=True)
+        raise
+    return path
 
 
 def _read(path: FilePath) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
