@@ -110,7 +110,8 @@ class History:
                     part = value * factors.reshape(-1, *[1] * (value.ndim - 1))
                 total = part if total is None else total + part
             assert total is not None
-            found.append(total.to(dtype))
+            alone = same and each[0] == [1.0] and rows is None  # the value itself: models change tensors in place
+            found.append(total.clone() if alone else total.to(dtype))
         return found
 
     def _wide(self, dtype: torch.dtype) -> torch.dtype:

@@ -125,7 +125,11 @@ class Timer:
 
     def inside(self) -> float:
         """Seconds in the model."""
-        return sum(self._between(a, b) for a, b in self.spans)
+        return sum(self.each())
+
+    def each(self) -> list[float]:
+        """Seconds of each span."""
+        return [self._between(a, b) for a, b in self.spans]
 
     def total(self) -> float:
         """Seconds from the first to the last call."""

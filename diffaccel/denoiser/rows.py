@@ -72,19 +72,27 @@ def sliceable(call: Call) -> str:
 def on_rows(call: Call, rows: list[int]) -> Any:
     """The model's output on some rows of the batch."""
     count, pick = len(call.sample), torch.tensor(rows, device=call.sample.device)
-    changes = {n: _taken(v, pick, rows, count) for n, v in call.arguments.items() if n in BY_ROW}
+    changes = {n: taken(v, pick, rows, count) for n, v in call.arguments.items() if n in BY_ROW}
     return call.forward(changes)
 
 
-def _taken(value: Any, pick: torch.Tensor, rows: list[int], count: int) -> Any:
+def taken(value: Any, pick: torch.Tensor, rows: list[int], count: int) -> Any:
+    """An argument of a call on some rows alone: tensors and lists of one entry a row lose the others.
+
+    Args:
+        value: anything; what holds tensors (lists, tuples, dicts) is searched.
+        pick: `rows`, as a tensor on the model's device.
+        rows: the rows that stay.
+        count: rows of the batch.
+    """
     if isinstance(value, torch.Tensor):
         return value.index_select(0, pick) if value.ndim and len(value) == count else value
     if isinstance(value, dict):
-        return {k: _taken(v, pick, rows, count) for k, v in value.items()}
+        return {k: taken(v, pick, rows, count) for k, v in value.items()}
     if isinstance(value, tuple):
-        return tuple(_taken(v, pick, rows, count) for v in value)
+        return tuple(taken(v, pick, rows, count) for v in value)
     if isinstance(value, list):
         if len(value) == count and not any(isinstance(v, torch.Tensor) for v in value):
             return [value[r] for r in rows]
-        return [_taken(v, pick, rows, count) for v in value]
+        return [taken(v, pick, rows, count) for v in value]
     return value
