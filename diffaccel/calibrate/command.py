@@ -16,6 +16,7 @@ KINDS = {
     "dc": "DC-Solver: ratios of dynamic compensation for UniPC, DPM-Solver++ or DDIM",
     "ems": "DPM-Solver-v3: empirical model statistics",
     "fit": "a table fitted to the checkpoint's own many-step trajectories, for each number of calls",
+    "search": "order, space, corrector and node of each call, searched for each number of calls",
     "gauss": "mean and axes of the latents, for Gaussian teleportation",
     "epsilon": "the constant of epsilon scaling",
     "spectrum": "the power spectrum of the latents, for runs that change resolution",
@@ -31,23 +32,28 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for kind, text in KINDS.items():
         p = kinds.add_parser(kind, help=text, epilog=EPILOG)
-        p.add_argument("model", metavar="MODEL", help="tiny-sd, tiny-flow, tiny-pixel, a folder, or a hub id")
+        add_model(p)
         p.add_argument("--out", required=True, metavar="FILE", help="the artifact to write (.safetensors)")
-        p.add_argument("--prompts", metavar="FILE", help=".txt, .csv, .tsv, .json or .jsonl; used in turn")
         p.add_argument("--guidance", type=float, nargs="+", metavar="G", help="scale (dc: or several)")
-        p.add_argument("--call", action="append", default=[], metavar="key=value", help="of the pipeline's call")
         p.add_argument("--set", action="append", default=[], metavar="name=value", help="option of the calibration")
-        p.add_argument("--batch", type=int, default=8, metavar="B", help="images in one pass (default 8)")
-        p.add_argument("--seed", type=int, default=0)
-        p.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default float32)")
-        p.add_argument("--offload", choices=("none", "model", "sequential"), default="none", help="of diffusers")
-        p.add_argument("--threads", type=int, default=1, metavar="T", help="CPU threads a process (default 1)")
-        p.add_argument("--cpu", action="store_true", help="stay on the CPU")
         p.add_argument("--calls", type=int, nargs="+", metavar="N", help="numbers of model calls")
         if kind == "dc":
             p.add_argument("--sampler", metavar="NAME", help="unipc (default), dpmpp or ddim")
             p.add_argument("--grid", metavar="NAME", help="where the nodes are placed (default: the checkpoint's)")
         p.set_defaults(run=run)
+
+
+def add_model(p: argparse.ArgumentParser) -> None:
+    """The arguments that say which model runs on which prompts, and how."""
+    p.add_argument("model", metavar="MODEL", help="tiny-sd, tiny-flow, tiny-pixel, a folder, or a hub id")
+    p.add_argument("--prompts", metavar="FILE", help=".txt, .csv, .tsv, .json or .jsonl; used in turn")
+    p.add_argument("--call", action="append", default=[], metavar="key=value", help="of the pipeline's call")
+    p.add_argument("--batch", type=int, default=8, metavar="B", help="images in one pass (default 8)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default float32)")
+    p.add_argument("--offload", choices=("none", "model", "sequential"), default="none", help="of diffusers")
+    p.add_argument("--threads", type=int, default=1, metavar="T", help="CPU threads a process (default 1)")
+    p.add_argument("--cpu", action="store_true", help="stay on the CPU")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,16 +71,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _calibrate(args: argparse.Namespace, world: World) -> Artifact:
     """Everything that a rank does."""
-    import diffusers
-    import transformers
-
-    from .. import calibrate, models, painter
+    from .. import calibrate
     from ..generate_command import key_values
-    from ..prompts import read_prompts
 
     function = getattr(calibrate, args.kind)
     known = inspect.signature(function).parameters
-    options, call = key_values(args.set, "--set"), key_values(args.call, "--call")
+    options = key_values(args.set, "--set")
     for name in ("calls", "sampler", "grid"):
         if getattr(args, name, None) is not None:
             options[name] = getattr(args, name)
@@ -86,20 +88,33 @@ def _calibrate(args: argparse.Namespace, world: World) -> Artifact:
         if "world" not in known:
             raise OptionError(f"calibrate {args.kind} runs in one process, not in {world.size}")
         options["world"] = world
+    pipe, prompts, call = prepared(args, world)
+    options |= {"call": call} if "call" in known and known["call"].kind is not inspect.Parameter.VAR_KEYWORD else call
+    made: Artifact = function(pipe, prompts, out=args.out, batch=args.batch, seed=args.seed, **options)
+    return made
+
+
+def prepared(args: argparse.Namespace, world: World) -> tuple[Any, list[str], dict[str, Any]]:
+    """The pipeline in its place, its prompts, and further arguments of its call, as `add_model`'s arguments say."""
+    import diffusers
+    import transformers
+
+    from .. import models, painter
+    from ..generate_command import key_values
+    from ..prompts import read_prompts
+
+    call = models.CALL_DEFAULTS.get(args.model, {}) | key_values(args.call, "--call")
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     pipe = painter.load(args.model, args.dtype)
     prompts = read_prompts(args.prompts) if args.prompts else _own_prompts(args.model, pipe)
-    call = models.CALL_DEFAULTS.get(args.model, {}) | call
     if args.offload == "model":
         pipe.enable_model_cpu_offload(device=world.device)
     elif args.offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=world.device)
     else:
         pipe.to(world.device)
-    options |= {"call": call} if "call" in known and known["call"].kind is not inspect.Parameter.VAR_KEYWORD else call
-    made: Artifact = function(pipe, prompts, out=args.out, batch=args.batch, seed=args.seed, **options)
-    return made
+    return pipe, prompts, call
 
 
 def _own_prompts(model: str, pipe: Any) -> list[str]:
