@@ -17,6 +17,7 @@ _NAMES = {
     "Path": "core.path",
     "Prediction": "core.prediction",
     "Table": "core.table",
+    "accelerate": "pipelines.accelerate",
     "align": "samplers.align",
     "boost_and_skip": "samplers.boost",
     "Spectrum": "core.stages",
@@ -42,7 +43,7 @@ _NAMES = {
     "rewriter": "samplers.rewrite",
     "sampler": "samplers.registry",
 }
-_SUBPACKAGES = ("samplers",)  # callable: `diffaccel.samplers()` lists them
+_SUBPACKAGES = ("samplers", "tune")  # callable: `diffaccel.samplers()` lists them, `diffaccel.tune(...)` searches
 _SCHEDULERS = (
     "CPSScheduler",
     "DCSolverScheduler",

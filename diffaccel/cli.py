@@ -1,4 +1,4 @@
-"""The command line: `diffaccel demo | samplers | certify | generate | calibrate | eval`."""
+"""The command line: `diffaccel demo | samplers | certify | generate | calibrate | tune | eval`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .errors import DiffaccelError
 from .eval import command as eval_command
 from .generate_command import add_parser as add_generate
 from .sweep_command import add_parser as add_sweep
+from .tune.command import add_parser as add_tune
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     certify.set_defaults(run=_certify)
     add_generate(commands)
     add_calibrate(commands)
+    add_tune(commands)
     add_sweep(eval_command.add(commands))
     args = parser.parse_args(argv)
     try:

@@ -43,12 +43,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         p.set_defaults(run=run)
 
 
-def add_model(p: argparse.ArgumentParser) -> None:
+def add_model(p: argparse.ArgumentParser, batch: int = 8) -> None:
     """The arguments that say which model runs on which prompts, and how."""
     p.add_argument("model", metavar="MODEL", help="tiny-sd, tiny-flow, tiny-pixel, a folder, or a hub id")
     p.add_argument("--prompts", metavar="FILE", help=".txt, .csv, .tsv, .json or .jsonl; used in turn")
     p.add_argument("--call", action="append", default=[], metavar="key=value", help="of the pipeline's call")
-    p.add_argument("--batch", type=int, default=8, metavar="B", help="images in one pass (default 8)")
+    p.add_argument("--batch", type=int, default=batch, metavar="B", help=f"images in one pass (default {batch})")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default float32)")
     p.add_argument("--offload", choices=("none", "model", "sequential"), default="none", help="of diffusers")
