@@ -138,7 +138,7 @@ class Quantised:
         self._guard = None
         for name, weight in self._weights.items():
             layer = self.module.get_submodule(name)
-            weight.data = weight.data.to(layer.weight.device)  # type: ignore[union-attr,arg-type]
+            weight.data = weight.data.to(layer.weight.device)  # type: ignore[arg-type]
             layer.weight = weight
             layer.__dict__.pop("extra_repr", None)  # torchao's
         self._weights.clear()
@@ -177,7 +177,7 @@ def quantise(module: torch.nn.Module, quant: Quant | Artifact | str | os.PathLik
     _apply(module, quant.mode, set(layers))
     if quant.keep_float:
         for weight in weights.values():
-            weight.data = weight.data.cpu()  # type: ignore[union-attr,operator]
+            weight.data = weight.data.cpu()
         done._weights = weights  # type: ignore[assignment]
     done._float = _witness(module)
     done._guard = module.register_forward_pre_hook(done._before)
