@@ -28,6 +28,7 @@ PARTS = (
     "receipt",
 )  # what the checksum covers; what was spent, and versions, differ from run to run
 DTYPES = ("float64", "float32", "int64")
+MOST = 200_000  # numbers that a recipe embeds, about 4 MB of text
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,9 @@ class Choice:
 
 def _packed(artifact: Artifact) -> dict[str, Any]:
     """An artifact as JSON. `repr` of a float is its shortest text that reads back as the same float."""
-    tensors = {}
+    tensors, count = {}, sum(array.size for array in artifact.tensors.values())
+    if count > MOST:
+        raise ArtifactError(f"{artifact.file} holds {count} numbers; a recipe embeds at most {MOST}: calibrate for less")
     for name, array in sorted(artifact.tensors.items()):
         if array.dtype.name not in DTYPES:
             raise ArtifactError(f"{artifact.file}: {name} is {array.dtype}; a recipe holds {', '.join(DTYPES)}")
