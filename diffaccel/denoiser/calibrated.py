@@ -94,8 +94,8 @@ class Calibrated:
         if mine not in known:
             told = "; ".join(_told(*k) for k in known)
             raise ArtifactError(
-                f"{self.artifact.file} was not calibrated for {cache.name}: {_told(*mine)}. It holds {told}. Use one of "
-                "these, or calibrate with cache=[...]"
+                f"{self.artifact.file} was not calibrated for {cache.name}: {_told(*mine)}. It holds {told}. Use one "
+                "of these, or calibrate with cache=[...]"
             )
         return known.index(mine)
 
@@ -107,8 +107,8 @@ class Calibrated:
         """
         if not self.runs[number].get("compensated"):
             return None
-        parts = [np.asarray(self.artifact.tensors[f"{name}_{number}"]) for name in ("mu_ref", "mu_acc", "gain")]
-        return Compensation(*parts, axis=self.runs[number].get("axis"))
+        mu_ref, mu_acc, gain = (self.artifact.tensors[f"{name}_{number}"] for name in ("mu_ref", "mu_acc", "gain"))
+        return Compensation(mu_ref, mu_acc, gain, self.runs[number].get("axis"))
 
     def check(self, key: Mapping[str, Any]) -> None:
         """Raise if the run is not the calibrated one.
