@@ -241,7 +241,10 @@ def markdown(full: Mapping[str, Any]) -> str:
             cells += [f"{r[0]:.2f} [{r[1]:.2f}, {r[2]:.2f}]" if r else "-", verdict(r, 1.0)]
             lines.append(f"| {' | '.join(cells)} |")
         shares = [(c["calls"], c["method"], c["policy"]) for c in report["cells"] if c.get("policy")]
-        lines += ["", f"Teleport: {report['gauss']['skip_to']}."] if report.get("gauss") else []
+        if report.get("gauss"):
+            to = report["gauss"]["skip_to"]
+            kept = to if isinstance(to, str) else f"a skip to level {to:.3g} stays below the bound"
+            lines += ["", f"`calibrate gauss`: {kept}."]
         if shares:
             lines += ["", "Time-Shift, last batch: " + "; ".join(
                 f"{m}, {n} calls: {100 * p['edge_share']:.0f} % of the decisions at the window's edge"
