@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it
 _NAMES = {
+    "Cache": "denoiser.cache",
     "Node": "core.node",
     "Nodes": "core.path",
     "Path": "core.path",
@@ -20,6 +21,7 @@ _NAMES = {
     "accelerate": "pipelines.accelerate",
     "align": "samplers.align",
     "boost_and_skip": "samplers.boost",
+    "Quant": "denoiser.quant",
     "Spectrum": "core.stages",
     "Stage": "core.stages",
     "bottleneck": "pipelines.bottleneck",
@@ -38,6 +40,7 @@ _NAMES = {
     "teleport": "pipelines.teleport",
     "trace": "api",
     "extrapolate": "denoiser.extrapolate",
+    "quant_cache": "pipelines.quant_cache",
     "restart": "samplers.restart",
     "skip": "samplers.skip",
     "rewriter": "samplers.rewrite",

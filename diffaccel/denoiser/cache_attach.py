@@ -104,12 +104,11 @@ class Attached:
             RunError: naming the module and the hook.
         """
         for module, name in self._hooked:
-            registry = getattr(module, "_diffusers_hook", None)
-            order = registry._hook_order if registry is not None else []  # type: ignore[union-attr]
-            if name in order and order[-1] != name:  # type: ignore[operator,index]
+            registry: Any = getattr(module, "_diffusers_hook", None)
+            order = registry._hook_order if registry is not None else []
+            if name in order and order[-1] != name:
                 raise RunError(
-                    f"the hook {order[-1]!r} was put on {type(module).__name__} after the cache; "  # type: ignore[index]
-                    "remove that one first"
+                    f"the hook {order[-1]!r} was put on {type(module).__name__} after the cache; remove that one first"
                 )
 
     def remove(self) -> None:
@@ -184,8 +183,8 @@ def _refuse(name: str, model: torch.nn.Module) -> None:
                 f"a {type(part).__name__} of pipe.{name} is compiled already, which goes past hooks; put the cache on "
                 "first and call the handle's compile()"
             )
-        registry = getattr(part, "_diffusers_hook", None)
-        for hook_name, hook in () if registry is None else registry.hooks.items():  # type: ignore[union-attr,operator]
+        registry: Any = getattr(part, "_diffusers_hook", None)
+        for hook_name, hook in () if registry is None else registry.hooks.items():
             _refuse_hook(name, hook_name, hook)
 
 

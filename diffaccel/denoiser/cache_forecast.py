@@ -40,10 +40,11 @@ class History:
 
     Args:
         order: of the forecast.
+        largest: bound of its weights, see `weights`.
     """
 
-    def __init__(self, order: int) -> None:
-        self.order = order
+    def __init__(self, order: int, largest: float = LARGEST) -> None:
+        self.order, self.largest = order, largest
         self.nodes: list[list[float]] = []  # of each row, oldest first
         self._values: list[list[torch.Tensor]] = []  # newest first; each a list of tensors (rows, ...)
         self._dtypes: list[torch.dtype] = []
@@ -93,7 +94,7 @@ class History:
     def predict(self, node: float, rows: Sequence[int] | None = None) -> list[torch.Tensor]:
         """The values at `node`, of some rows or all, in the dtype in which they came."""
         chosen = range(len(self.nodes)) if rows is None else rows
-        each = [weights(self.nodes[r], node, self.order)[::-1] for r in chosen]  # newest first
+        each = [weights(self.nodes[r], node, self.order, self.largest)[::-1] for r in chosen]  # newest first
         depth = max(len(w) for w in each)
         same = all(w == each[0] for w in each)
         found = []

@@ -160,9 +160,11 @@ def _deep(model: Any) -> Layout:
 
 def _sublayers(model: torch.nn.Module, head: tuple[str, torch.nn.Module], dynamic: bool) -> Layout:
     """Each attention and feed-forward of the transformer blocks, wherever they are."""
-    names = dict(_blocks(model)) if not isinstance(model, UNETS) else {
-        name: part for name, part in model.named_modules() if isinstance(part, BasicTransformerBlock)
-    }  # fmt: skip
+    names: dict[str, torch.nn.Module] = {}
+    if isinstance(model, UNETS):
+        names = {name: part for name, part in model.named_modules() if isinstance(part, BasicTransformerBlock)}
+    else:
+        names = dict(_blocks(model))
     found = [
         (f"{name}.{inner}", part)
         for name, block in names.items()

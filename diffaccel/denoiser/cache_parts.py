@@ -75,13 +75,12 @@ class Head(Part):
             value = tensors_in(output)[0]
         else:
             frame.head = self.streams.returned(output, self.name)
-            frame.latest = value = frame.head[0]
-            first = self.streams.given(self.arguments.bind(args, kwargs))[0]
-            assert first is not None and value is not None
+            first, hidden = self.streams.given(self.arguments.bind(args, kwargs))[0], frame.head[0]
+            assert first is not None and hidden is not None
+            frame.latest = value = hidden
             value = value - first if first.shape == value.shape else value
         if frame.decide is not None and frame.forced is None:
             start = frame.watch.now()
-            assert value is not None
             frame.set_full(frame.decide(value.detach()))
             frame.watch.spans.append((start, frame.watch.now()))
         return output

@@ -1,0 +1,223 @@
+"""`diffaccel.quant_cache`: quantisation, denoiser cache and variance compensation on one pipeline, in this order."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..artifact import Artifact
+from ..denoiser.after_step import with_action
+from ..denoiser.cache import Cache
+from ..denoiser.cache_attach import Attached, attach_cache
+from ..denoiser.cache_report import CacheReport
+from ..denoiser.calibrated import Calibrated, key_of
+from ..denoiser.compensate import Compensation
+from ..denoiser.contract import denoisers
+from ..denoiser.quant import Quant, Quantised, quantise
+from ..errors import OptionError, RunError
+from ..identity import model_identity
+from ..schedulers.fsampler import FSamplerScheduler
+from .handle import refuse_stateful, refuse_wrapped
+
+NAME = "quant_cache"
+
+
+@dataclass(frozen=True)
+class QuantCacheReport:
+    """What was measured in a run; see its parts.
+
+    Attributes:
+        cache: the cache's own report; None without one.
+        quantised: denoiser -> which layers were quantised and which were not.
+        gains: smallest and largest gain of the variance compensation; None without one.
+        compensated: steps that were corrected.
+    """
+
+    cache: CacheReport | None
+    quantised: dict[str, str]
+    gains: tuple[float, float] | None
+    compensated: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "cache": None if self.cache is None else self.cache.to_dict(),
+            "quantised": self.quantised,
+            "gains": self.gains,
+            "compensated": self.compensated,
+        }
+
+    def __str__(self) -> str:
+        lines = [] if self.cache is None else [str(self.cache)]
+        lines += [f"{name} {text}" for name, text in self.quantised.items()]
+        if self.gains is not None:
+            low, high = self.gains
+            lines.append(f"variance compensation after {self.compensated} steps, gains {low:.4g} to {high:.4g}")
+        return "\n".join(lines)
+
+
+class QuantCache:
+    """A pipeline under quantisation and cache: a context manager, and callable in its place; see `quant_cache`."""
+
+    def __init__(self, pipe: Any, cache: Cache | None, quant: Quant | None, calibrated: Calibrated | None) -> None:
+        self.pipe = pipe
+        self._quantised: dict[str, Quantised] = {}
+        self._cache: Attached | None = None
+        self._original: Any = None
+        self._scheduler: Any = None
+        self._calibrated = calibrated
+        self._compensation: Compensation | None = None
+        self._local = threading.local()
+        try:
+            self._apply(cache, quant)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _apply(self, cache: Cache | None, quant: Quant | None) -> None:
+        """Quantise, hook, compensate: hooks would hide layers from quantisation, and its error is compensated."""
+        models = denoisers(self.pipe)
+        if self._calibrated is not None:
+            self._calibrated.check_identity(model_identity(next(iter(models.values()))))
+        if quant is not None:
+            for name, model in models.items():
+                self._quantised[name] = quantise(model, quant)
+        if cache is not None:
+            self._cache = attach_cache(self.pipe, cache)
+        if self._calibrated is not None and cache is not None and self._cache is not None:
+            number = self._calibrated.run(cache, self._cache.level)
+            self._compensation = self._calibrated.compensation(number)
+            self._original = self.pipe.scheduler
+            self._scheduler = self.pipe.scheduler = with_action(self._original, self._after_step)
+
+    # ------------------------------------------------------------------ use
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`pipe(...)`."""
+        if self._cache is None and not self._quantised:
+            raise RunError("this wrapper was removed")
+        return self.pipe(*args, **kwargs)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the parts that the cache runs or leaves out, each by itself; its decisions stay outside.
+
+        Calls on some rows of a batch have other batch sizes: each new one compiles again, until torch makes the batch
+        a variable (`dynamic=True` does so at once).
+
+        Args:
+            options: of `torch.compile`.
+
+        Raises:
+            OptionError: without a cache; compile the pipeline as ever, then (`compile_repeated_blocks`).
+        """
+        if self._cache is None:
+            raise OptionError(
+                "there is no cache to keep out of compiled code; use the model's compile_repeated_blocks()"
+            )
+        self._cache.compile(**options)
+
+    def report(self) -> QuantCacheReport:
+        """What was measured in this thread's last run.
+
+        Raises:
+            RunError: if there was none.
+        """
+        return QuantCacheReport(
+            None if self._cache is None else self._cache.report(),
+            {name: str(done) for name, done in self._quantised.items()},
+            None if self._compensation is None else self._compensation.range,
+            getattr(self._local, "steps", 0),
+        )
+
+    # ------------------------------------------------------------------ undo
+    def remove(self) -> None:
+        """Undo, the last first: the pipeline is what it was. Removing twice is fine.
+
+        Raises:
+            RunError: if somebody put another scheduler or a hook over ours; nothing is undone then.
+        """
+        if self._scheduler is not None and self.pipe.scheduler is not self._scheduler:
+            raise RunError(
+                f"{NAME}: pipe.scheduler was replaced by a {type(self.pipe.scheduler).__name__} while variance "
+                "compensation was on; put it back, or remove the wrapper before changing the scheduler"
+            )
+        if self._cache is not None:
+            self._cache.check_removable()
+        if self._scheduler is not None:
+            self.pipe.scheduler = self._original
+            self._scheduler = self._original = None
+        if self._cache is not None:
+            self._cache.remove()
+            self._cache = None
+        for done in self._quantised.values():
+            done.undo()
+        self._quantised = {}
+
+    def __enter__(self) -> QuantCache:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.remove()
+
+    # ------------------------------------------------------------------ after each step
+    def _after_step(self, step: int, x: torch.Tensor, scheduler: Any) -> torch.Tensor:
+        if getattr(self._local, "timesteps", None) is not scheduler.timesteps:
+            assert self._calibrated is not None
+            recipe = next(iter(self._quantised.values())).recipe if self._quantised else None
+            self._calibrated.check(key_of(self.pipe, scheduler, tuple(x.shape[1:]), recipe))
+            self._local.timesteps, self._local.steps = scheduler.timesteps, 0
+        if self._compensation is None:
+            return x
+        self._local.steps += 1
+        return self._compensation.apply(step, x)
+
+
+def quant_cache(
+    pipe: Any,
+    cache: Cache | None = None,
+    quant: Quant | str | None = None,
+    artifact: Artifact | str | os.PathLike[str] | None = None,
+) -> QuantCache:
+    """Reuse work inside the denoiser, run the rest in int8 or fp8, and correct the drift of both (Q&C, 2503.02508).
+
+        with da.quant_cache(pipe, cache=da.Cache.every(3, forecast=1), quant="w8a8", artifact=F) as h:
+            image = h(prompt, num_inference_steps=50).images[0]
+            print(h.report())
+
+    Args:
+        pipe: a pipeline of diffusers, UNet or transformer, with any scheduler that makes one call a step.
+        cache: see `Cache`.
+        quant: "w8a8", "w8", "fp8", or `Quant(...)`.
+        artifact: of `diffaccel.calibrate.cache`: its variance compensation is applied after each step. It must fit
+            the checkpoint, scheduler, steps, grid, guidance, size, cache and quantisation.
+
+    Returns:
+        A handle: a context manager, callable as the pipeline, with `.report()`, `.compile()` and `.remove()`.
+
+    Raises:
+        OptionError: nothing to do; a pipeline that is wrapped already, has another cache, extrapolates its outputs, or
+            has no parts that the cache knows.
+        ArtifactError: an artifact of another checkpoint, or not of these settings.
+    """
+    if cache is not None and not isinstance(cache, Cache):
+        raise OptionError(
+            f"cache={cache!r} is no Cache; Cache.every(3), Cache.mask([...]), Cache.first_block(0.1), ..."
+        )
+    chosen = Quant.of(quant)
+    if cache is None and chosen is None:
+        raise OptionError("quant_cache does nothing without cache= and quant=")
+    if cache is not None and cache.artifact is not None and artifact is None:
+        artifact = cache.artifact
+    if artifact is not None and cache is None:
+        raise OptionError("artifact= belongs to a cache: give cache=, too (Cache.learned(artifact) uses its mask)")
+    refuse_wrapped(pipe)
+    refuse_stateful(pipe, NAME, "two caches of one model do not compose")
+    if isinstance(pipe.scheduler, FSamplerScheduler):
+        raise OptionError(
+            f"{NAME}: the scheduler predicts the model's outputs (FSamplerScheduler), and a cache predicts parts of "
+            "them: two extrapolations of the same call do not compose; use another scheduler"
+        )
+    return QuantCache(pipe, cache, chosen, None if artifact is None else Calibrated.load(artifact))
