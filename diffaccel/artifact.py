@@ -117,12 +117,12 @@ class Artifact:
         return write_whole(path, serialize(self.tensors, metadata={KEY: json.dumps(head | {"meta": self.meta})}))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], kind: str | None = None) -> Artifact:
+    def load(cls, path: str | os.PathLike[str], kind: str | tuple[str, ...] | None = None) -> Artifact:
         """Read a file that `save` wrote.
 
         Args:
             path: of the file.
-            kind: the kind that is needed; any if None.
+            kind: the kind that is needed, or several; any if None.
 
         Raises:
             ArtifactError: no such file, truncated, not an artifact, of another format or kind, or changed since.
@@ -141,14 +141,16 @@ class Artifact:
             raise ArtifactError(f"{path} was changed after it was written: its checksum does not match its content")
         return made.of_kind(kind) if kind is not None else made
 
-    def of_kind(self, kind: str) -> Artifact:
-        """The artifact itself if it is of that kind.
+    def of_kind(self, kind: str | tuple[str, ...]) -> Artifact:
+        """The artifact itself if it is of that kind, or of one of those kinds.
 
         Raises:
             ArtifactError: if not.
         """
-        if self.kind != kind:
-            raise ArtifactError(f"{self.file} is an artifact of kind {self.kind!r}; {kind!r} is needed here")
+        kinds = (kind,) if isinstance(kind, str) else kind
+        if self.kind not in kinds:
+            wanted = " or ".join(map(repr, kinds))
+            raise ArtifactError(f"{self.file} is an artifact of kind {self.kind!r}; {wanted} is needed here")
         return self
 
 

@@ -24,6 +24,8 @@ _NAMES = {
     "fit": "fit",
     "fit_function": "fit",
     "extend": "fit",
+    "search": "search",
+    "search_function": "search",
 }
 
 __all__ = [*_NAMES]

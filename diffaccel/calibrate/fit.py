@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
@@ -15,12 +13,12 @@ from ..artifact import Artifact, path_identity
 from ..core.node import Node
 from ..core.path import Path
 from ..drive import denoiser
-from ..errors import ArtifactWarning, OptionError
+from ..errors import OptionError
 from ..identity import check_model
 from ..samplers.fitted import Rows, Tables
 from .fit_core import Fitted, Fitting, Plan
 from .fit_run import Functional
-from .fit_setup import budgets, default, prepared
+from .fit_setup import artifact_of, budgets, default, prepared, teacher_of
 from .grid import AUTO
 
 KIND = "fit"
@@ -97,8 +95,7 @@ def fit(
         print(f"fit: at most {planned} model calls ({planned / 50:.0f} images at 50 calls){again}", flush=True)
     with engine.working(planned, "fit"):
         tables, common = _all(made)
-    name = None if out is None else FilePath(out).name
-    return engine.finish(_artifact(plan, tables, common, setup.meta(), name))
+    return engine.finish(artifact_of(KIND, _json(plan), tables, common, setup.meta(), out))
 
 
 def fit_function(
@@ -130,7 +127,7 @@ def fit_function(
     made = Fitting(Functional(predict, path, noise, batch), plan)
     tables, common = _all(made)
     meta = {"path": path_identity(path, "sample"), "shape": list(noise.shape[1:])}
-    return _artifact(plan, tables, common, meta, None)
+    return artifact_of(KIND, _json(plan), tables, common, meta)
 
 
 def extend(artifact: Artifact, pipe: Any, prompts: Any, calls: int | Sequence[int], **options: Any) -> Artifact:
@@ -195,31 +192,5 @@ def _channels(shape: tuple[int, ...], pipe: Any) -> tuple[int, ...]:
 def _all(made: Fitting) -> tuple[dict[int, Fitted], dict[str, Any]]:
     """The tables of every budget, and what concerns all of them."""
     made.learn()
-    gap = made.gap()
     tables = {calls: made.fit(calls) for calls in made.plan.calls}
-    least = min(t.report["held-out"]["rmse"] for t in tables.values())
-    common: dict[str, Any] = {"teacher's own error (K against K/2 steps)": float(f"{gap:.3g}")}
-    if gap > least / 3:
-        common["warning"] = (
-            f"the teacher is not converged: with half its steps it lands {gap:.3g} away, and the least held-out error "
-            f"is {least:.3g}; take more teacher_steps"
-        )
-    return tables, common
-
-
-def _artifact(
-    plan: Plan, tables: dict[int, Fitted], common: dict[str, Any], meta: dict[str, Any], file: str | None
-) -> Artifact:
-    receipt = {f"{n} calls": table.report for n, table in tables.items()} | common
-    if "cost" in meta:
-        receipt["cost"] = meta["cost"]
-    for where, entry in receipt.items():
-        for text in entry.get("warnings", ()) if isinstance(entry, dict) else ():
-            warnings.warn(f"fit, {where}: {text}", ArtifactWarning, stacklevel=3)
-    if "warning" in common:
-        warnings.warn(f"fit: {common['warning']}", ArtifactWarning, stacklevel=3)
-    tensors: dict[str, np.ndarray] = {}
-    for n, table in tables.items():
-        tensors |= table.tensors(n)
-    fixed = {"calls": list(plan.calls), "options": _json(plan), "scheduler": {"sampler": "fitted"}, "receipt": receipt}
-    return Artifact(KIND, tensors, fixed | meta, file or "")
+    return tables, teacher_of(made, tables)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -11,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from ..artifact import path_identity
+from ..artifact import Artifact, path_identity
 from ..compare import stock
-from ..errors import OptionError
+from ..errors import ArtifactWarning, OptionError
 from ..identity import model_identity
 from ..prompts import read_prompts
 from .engine import Engine
-from .fit_core import Fitting, Plan
+from .fit_core import Fitted, Fitting, Plan
 from .fit_guard import Errors, relative
 from .fit_pipe import Piped
 from .validate import STOCK
@@ -136,3 +137,40 @@ def _measure(runner: Piped, tried: list[Any]) -> Callable[..., list[Errors]]:
         return found
 
     return measured
+
+
+# ---------------------------------------------------------------------- the end
+def teacher_of(made: Fitting, tables: Mapping[int, Fitted]) -> dict[str, Any]:
+    """What the receipt says of the teacher, with a warning where it is not converged."""
+    gap = made.gap()
+    least = min(t.report["held-out"]["rmse"] for t in tables.values())
+    common: dict[str, Any] = {"teacher's own error (K against K/2 steps)": float(f"{gap:.3g}")}
+    if gap > least / 3:
+        common["warning"] = (
+            f"the teacher is not converged: with half its steps it lands {gap:.3g} away, and the least held-out error "
+            f"is {least:.3g}; take more teacher_steps"
+        )
+    return common
+
+
+def artifact_of(
+    kind: str,
+    options: Mapping[str, Any],
+    tables: Mapping[int, Fitted],
+    common: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    out: str | os.PathLike[str] | None = None,
+) -> Artifact:
+    """The artifact of tables, run by the sampler "fitted"; what its receipt warns of is also a warning."""
+    receipt: dict[str, Any] = {f"{n} calls": table.report for n, table in tables.items()} | dict(common)
+    if "cost" in meta:
+        receipt["cost"] = meta["cost"]
+    told = [(f"{kind}, {where}", text) for where, entry in receipt.items() if isinstance(entry, dict)
+            for text in entry.get("warnings", ())]  # fmt: skip
+    for where, text in [*told, *([(kind, common["warning"])] if "warning" in common else [])]:
+        warnings.warn(f"{where}: {text}", ArtifactWarning, stacklevel=3)
+    tensors: dict[str, np.ndarray] = {}
+    for n, table in tables.items():
+        tensors |= table.tensors(n)
+    fixed = {"calls": sorted(tables), "options": dict(options), "scheduler": {"sampler": "fitted"}, "receipt": receipt}
+    return Artifact(kind, tensors, fixed | dict(meta), "" if out is None else FilePath(out).name)

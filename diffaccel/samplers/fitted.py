@@ -1,4 +1,4 @@
-"""Fitted tables: rows whose coefficients were solved for on the user's checkpoint (`diffaccel.calibrate.fit`)."""
+"""Tables of a checkpoint: rows that were fitted, searched or aligned on it (`calibrate.fit`, `search`, `align`)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..errors import ArtifactError, OptionError
 from .dpmpp import dpmpp
 from .registry import Calibrated, Options, sampler
 
+KINDS = ("fit", "search", "align")  # of artifacts that hold tables
 SAME = 1e-9  # of t, alpha and sigma, relative
 
 
@@ -69,21 +70,22 @@ class Tables:
 
     Args:
         budgets: number of calls -> rows.
-        where: the artifact's name, for messages.
+        where, kind: the artifact's name and kind, for messages.
     """
 
     budgets: dict[int, Rows]
     where: str = "tables"
+    kind: str = "fit"
 
     def __str__(self) -> str:
         return f"{self.where} ({', '.join(map(str, sorted(self.budgets)))} calls)"
 
     @classmethod
     def of(cls, artifact: Any) -> Tables:
-        """From an artifact of kind "fit"."""
+        """From an artifact of one of `KINDS`."""
         tensors = artifact.tensors
         found = {n: Rows(*(tensors[f"n{n}.{name}"] for name in ("node", "w", "start"))) for n in artifact.meta["calls"]}
-        return cls(found, artifact.file)
+        return cls(found, artifact.file, artifact.kind)
 
     def rows(self, calls: int) -> Rows:
         """The rows for this many calls.
@@ -93,9 +95,10 @@ class Tables:
         """
         if calls not in self.budgets:
             held = ", ".join(map(str, sorted(self.budgets)))
+            more = "calibrate.extend(artifact, pipe, prompts, " if self.kind == "fit" else f"calibrate.{self.kind}("
             raise ArtifactError(
-                f"{self.where} holds tables for {held} calls, not {calls}. Choose one of them, or add one with "
-                f"diffaccel.calibrate.extend(artifact, pipe, calls={calls}, ...)"
+                f"{self.where} holds tables for {held} calls, not {calls}. Choose one of them, or make one with "
+                f"diffaccel.{more}..., calls={calls})"
             )
         return self.budgets[calls]
 
@@ -138,7 +141,7 @@ def _checked(tables: Any) -> Tables:
     paper="rows fitted to the checkpoint; without them DPM-Solver++ 2M (arXiv:2211.01095)",
     place=placed,
     calibrated=Calibrated(
-        kind="fit",
+        kind=KINDS,
         option="tables",
         read=Tables.of,
         command="diffaccel calibrate fit MODEL --calls 5 8 --prompts FILE --out fit.safetensors",
@@ -153,7 +156,7 @@ def fitted(x: Any, nodes: Nodes, predict: Any, noise: Any, *, tables: Tables | N
     in the middle uses rows that were fitted with less history.
 
     Args:
-        tables: of `calibrate.fit`; None is DPM-Solver++ 2M.
+        tables: of `calibrate.fit`, `calibrate.search` or `calibrate.align`; None is DPM-Solver++ 2M.
     """
     if tables is None:
         return dpmpp(x, nodes, predict, noise)

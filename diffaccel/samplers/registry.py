@@ -28,7 +28,7 @@ class Calibrated(NamedTuple):
     `command`. The value may be any object that is not changed; its `str` stands for it in tables and `explain()`.
 
     Args:
-        kind: of the artifact.
+        kind: of the artifact, or several kinds.
         option: the loop's keyword. Its default (no calibration) is what the loop does when it is run by itself.
         read: `read(artifact)` gives the option's value; `artifact` has `.tensors`, `.meta`, `.file`.
         command: the command line that makes an artifact.
@@ -38,7 +38,7 @@ class Calibrated(NamedTuple):
         nodes: whether the artifact decides the nodes: a grid, sigmas or timesteps of the user's own are an error.
     """
 
-    kind: str
+    kind: str | tuple[str, ...]
     option: str
     read: Callable[[Any], Any]
     command: str

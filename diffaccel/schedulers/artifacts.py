@@ -20,12 +20,12 @@ from .settings import path_of
 _SEEN: WeakValueDictionary[str, Artifact] = WeakValueDictionary()
 
 
-def resolve(value: Any, kind: str) -> Artifact:
+def resolve(value: Any, kind: str | tuple[str, ...]) -> Artifact:
     """The artifact that a user or a config means.
 
     Args:
         value: an `Artifact`, the path of one, or a config's entry {"file", "sha256"}.
-        kind: that is needed.
+        kind: that is needed, or several.
 
     Raises:
         ArtifactError: not found, of another kind, or not the one that the config was saved with.
@@ -43,7 +43,7 @@ def resolve(value: Any, kind: str) -> Artifact:
     return found
 
 
-def _named(entry: Mapping[str, Any], kind: str) -> Artifact:
+def _named(entry: Mapping[str, Any], kind: str | tuple[str, ...]) -> Artifact:
     """The artifact of a config's entry: one of this process, or a file that stands where the entry says."""
     known = _SEEN.get(entry["sha256"])
     if known is not None:

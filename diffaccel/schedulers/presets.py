@@ -51,7 +51,10 @@ class CPSScheduler(TableScheduler):
 
 @public
 class FittedScheduler(TableScheduler):
-    """A table fitted to the checkpoint by `diffaccel calibrate fit`: `artifact=FILE`, which decides the nodes too."""
+    """A table of the checkpoint, made by `diffaccel calibrate fit`, `search` or `align`: `artifact=FILE`.
+
+    The artifact decides the nodes too.
+    """
 
     sampler_name = "fitted"
 
