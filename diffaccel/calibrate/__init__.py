@@ -16,6 +16,7 @@ from ..errors import OptionError
 _NAMES = {
     "ems": "ems",
     "dc": "dc",
+    "cache": "cache",
     "check": "check",
     "epsilon": "epsilon",
     "gauss": "gauss",
@@ -24,6 +25,8 @@ _NAMES = {
     "fit": "fit",
     "fit_function": "fit",
     "extend": "fit",
+    "align": "align",
+    "align_function": "align",
     "search": "search",
     "search_function": "search",
 }

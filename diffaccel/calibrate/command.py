@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from ..parallel.protocol import World
 
 KINDS = {
+    "cache": "skip masks and variance compensation of a denoiser cache (quant_cache)",
     "dc": "DC-Solver: ratios of dynamic compensation for UniPC, DPM-Solver++ or DDIM",
     "ems": "DPM-Solver-v3: empirical model statistics",
     "fit": "a table fitted to the checkpoint's own many-step trajectories, for each number of calls",
     "search": "order, space, corrector and node of each call, searched for each number of calls",
+    "align": "what the model is fed as t at each call, for each number of calls",
     "gauss": "mean and axes of the latents, for Gaussian teleportation",
     "epsilon": "the constant of epsilon scaling",
     "spectrum": "the power spectrum of the latents, for runs that change resolution",

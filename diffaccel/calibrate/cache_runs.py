@@ -1,0 +1,153 @@
+"""Real runs of a cache for its calibration: how far they end from the full run, and what they cost."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..denoiser.cache import Cache
+from ..denoiser.cache_attach import cached
+from ..denoiser.compensate import Compensation, Fit
+from ..errors import ArtifactError, OptionError
+from .cache_measure import Measurement
+from .engine import Batch, Engine
+from .schedule import Mask, intervals, letters, neighbours, shortest, shortest_few
+from .validate import ends, errors
+from .watched import watched
+
+FEW = 4  # shortest paths that are tried on real runs
+
+
+@dataclass
+class Images:
+    """Batches of images and the last states (n, ...) of their full float runs."""
+
+    batches: list[Batch]
+    ends: np.ndarray
+
+
+@dataclass
+class Runs:
+    """The pipeline under caches.
+
+    Args:
+        engine: of the calibration.
+        scheduler: the pipeline's own.
+        steps: N.
+        settings: level and forecast of learned masks.
+        equal: decisions -> plain calls that take as long as a run with that cache, as measured in its runs.
+    """
+
+    engine: Engine
+    scheduler: Any
+    steps: int
+    settings: Cache
+    equal: dict[str, float] = field(default_factory=dict)
+
+    def masked(self, mask: Mask) -> Cache:
+        """The settings with a mask."""
+        return replace(Cache.mask(mask), forecast=self.settings.forecast, level=self.settings.level)
+
+    def plain(self, tag: str, batches: Sequence[Batch], calls: int) -> np.ndarray:
+        """Last states without a cache."""
+        return ends(self.engine, f"{tag}/plain{calls}", batches, lambda: copy.deepcopy(self.scheduler), calls)
+
+    def states(
+        self, tag: str, batches: Sequence[Batch], cache: Cache, compensation: Compensation | None = None
+    ) -> np.ndarray:
+        """Last states with a cache."""
+        name = letters(tuple(map(int, cache.full_steps(self.steps))))
+        what = f"{tag}/{name}.{cache.forecast}{cache.level}{'' if compensation is None else '+vc'}"
+        with cached(self.engine.pipe, cache) as attached:
+            made = ends(self.engine, what, batches, self.schedulers(compensation), self.steps)
+            try:
+                calls = attached.report().equal_calls
+            except RuntimeError:  # all of it was done before a stop
+                calls = self.engine.kept.notes.get(f"equal/{name}")
+        if calls is not None:
+            self.equal[name] = self.engine.kept.notes[f"equal/{name}"] = float(calls)
+        return made
+
+    def schedulers(self, compensation: Compensation | None) -> Callable[[], Any]:
+        """Makes a scheduler that compensates."""
+        return lambda: watched(self.scheduler, state=None if compensation is None else compensation.apply)
+
+    # ------------------------------------------------------------------ compensation
+    def trajectory(self, batch: Batch) -> torch.Tensor:
+        """States (N, B, ...) after each step of the full run of a batch."""
+        states: list[torch.Tensor] = []
+
+        def keep(_: int, x: torch.Tensor) -> torch.Tensor:
+            states.append(x.detach().cpu())
+            return x
+
+        self.engine.run(batch, watched(self.scheduler, state=keep), self.steps)
+        return torch.stack(states)
+
+    def compensate(self, batch: Batch, reference: torch.Tensor, cache: Cache, kind: str) -> Compensation | str:
+        """Fit a compensation on one batch, or say why there is none."""
+        fit = Fit(reference, kind)
+
+        def correct(i: int, x: torch.Tensor) -> torch.Tensor:
+            return fit.correct(i, x.cpu()).to(x.device)
+
+        with cached(self.engine.pipe, cache):
+            self.engine.run(batch, watched(self.scheduler, state=correct), self.steps)
+        try:
+            return fit.done()
+        except ArtifactError as error:
+            return str(error)
+
+    # ------------------------------------------------------------------ masks
+    def learn(self, images: Images, measured: Measurement, budget: int, window: int) -> tuple[Mask, dict[str, Any]]:
+        """The mask with the smallest error on real runs, and what it was chosen among.
+
+        Candidates: the shortest paths, the one with the scheduler's own coefficients as sensitivities, every interval
+        of the same number of full steps; then the neighbours of the best of them.
+        """
+        window = max(window, -(-self.steps // budget))
+        paths = [s.mask for s in shortest_few(measured.cost(measured.arriving), budget, window, FEW)]
+        table = shortest(measured.cost(measured.direct), budget, window).mask
+        regular = intervals(self.steps, budget)
+        scores: dict[Mask, float] = {}
+        self._score(scores, images, [*paths, table, *regular])
+        if not scores:
+            raise OptionError(
+                f"no mask of {budget} full steps of {self.steps} allows a forecast of order {self.settings.forecast}; "
+                "more full steps do"
+            )
+        first = min(scores, key=lambda mask: scores[mask])
+        self._score(scores, images, list(neighbours(first)))
+        best = min(scores, key=lambda mask: scores[mask])
+        fixed = min((mask for mask in regular if mask in scores), key=lambda mask: scores[mask], default=None)
+        told = {
+            "masks tried": len(scores),
+            "kept": _told(best, scores),
+            "shortest path": _told(min(paths, key=lambda mask: scores[mask]), scores),
+            "shortest path, sensitivities from the scheduler's coefficients": _told(table, scores),
+        }
+        if fixed is not None:
+            told |= {"best interval": f"every{regular[fixed]}: {_told(fixed, scores)}", "interval": list(fixed)}
+        return best, told
+
+    def _score(self, scores: dict[Mask, float], images: Images, masks: Iterable[Mask]) -> None:
+        """Add the root mean square relative error of each mask that the forecast allows."""
+        for mask in masks:
+            if mask in scores:
+                continue
+            cache = self.masked(mask)
+            try:
+                cache.full_steps(self.steps)
+            except OptionError:
+                continue  # too few full steps before the first reused one, at every one of them
+            e = errors(self.states("select", images.batches, cache), images.ends)
+            scores[mask] = float(np.sqrt(np.mean(np.nan_to_num(e, nan=1e30, posinf=1e30) ** 2)))
+
+
+def _told(mask: Mask, scores: dict[Mask, float]) -> str:
+    return f"{letters(mask)} {scores[mask]:.4f}" if mask in scores else f"{letters(mask)} (no forecast of this order)"
