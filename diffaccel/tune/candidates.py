@@ -72,15 +72,12 @@ def gather(names: Sequence[str], asked: Asked) -> list[Choice]:
     """The candidates of these sources, in their order; of equal names the first is taken.
 
     Raises:
-        OptionError: an unknown source, or none of them has a candidate.
+        OptionError: an unknown source.
     """
     found: dict[str, Choice] = {}
     for name in names:
         for choice in SOURCES[one_of("source of candidates", name, SOURCES)](asked):
             found.setdefault(choice.name, choice)
-    if not found:
-        why = "; ".join(f"{k}: {v}" for k, v in asked.left_out.items())
-        raise OptionError(f"the sources {', '.join(names) or '(none)'} offer no candidate{f' ({why})' if why else ''}")
     return list(found.values())
 
 
@@ -238,29 +235,34 @@ def _staged(asked: Asked) -> list[Choice]:
     """Presets of `bottleneck` with as many calls as the work of N full-size ones allows (counted FLOPs)."""
     found = []
     for preset in PRESETS:
-        shared = preset.startswith("spectral")
-        tried = range(3 * asked.calls, 2, -1) if shared else (None,)
-        for calls in tried:
-            settings = {"stages": preset} | ({} if calls is None else {"calls": calls})
-            choice = Choice(f"bottleneck({preset}{'' if calls is None else f', {calls}'})", "bottleneck", settings, 0)
-            try:
-                made = _costed(asked, choice)
-            except (DiffaccelError, ValueError, RuntimeError) as error:
-                asked.left_out[choice.name] = (str(error).splitlines() or [type(error).__name__])[0][:160]
-                break
-            if made.work is not None and made.work <= WORK * asked.calls:
-                found.append(made)
-                break
-            asked.left_out[choice.name] = f"its work is that of {made.work} calls"
+        shared = preset.startswith("spectral")  # shares of any number of calls
+        try:
+            made = _costed(asked, preset, asked.calls if shared else None)
+            if shared and made.work is not None:  # the first guess tells what a call costs
+                most = int(WORK * asked.calls * asked.calls / made.work)
+                made = next((c for n in (most + 1, most) if _fits(asked, c := _costed(asked, preset, n))), made)
+        except (DiffaccelError, ValueError, RuntimeError) as error:
+            asked.left_out[f"bottleneck({preset})"] = (str(error).splitlines() or [type(error).__name__])[0][:160]
+            continue
+        if _fits(asked, made):
+            found.append(made)
+        else:
+            asked.left_out[made.name] = f"its work is that of {made.work:.2f} calls, not of {asked.calls}"
     return found
 
 
-def _costed(asked: Asked, choice: Choice) -> Choice:
-    """The choice with its number of calls and its work, from a run of one image."""
-    with applied(asked.pipe, choice) as handle:
-        calls = int(asked.pipe.scheduler.num_inference_steps)
-        asked.run(calls)
-        report = handle.report()
-    if report.step_equivalents is None:
+def _fits(asked: Asked, choice: Choice) -> bool:
+    return choice.work is not None and choice.work <= WORK * asked.calls
+
+
+def _costed(asked: Asked, preset: str, calls: int | None) -> Choice:
+    """A preset with its number of calls and its work, from a run of one image."""
+    settings: dict[str, Any] = {"stages": preset} | ({} if calls is None else {"calls": calls})
+    name = f"bottleneck({preset}{'' if calls is None else f', {calls} calls'})"
+    with applied(asked.pipe, Choice(name, "bottleneck", settings, 0)) as handle:
+        made = int(asked.pipe.scheduler.num_inference_steps)
+        asked.run(made)
+        work = handle.report().step_equivalents
+    if work is None:
         raise OptionError("its work cannot be counted on this model")
-    return Choice(choice.name, choice.kind, choice.settings, calls, float(report.step_equivalents), choice.artifact)
+    return Choice(name, "bottleneck", settings, made, float(f"{work:.4g}"))

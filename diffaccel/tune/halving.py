@@ -48,9 +48,9 @@ def rungs(candidates: int, images: int, *, eta: int = 3, cuts: int = 3, least: i
     found: list[Rung] = []
     for k in range(cuts + 1):
         seen = images if k == cuts else min(images, max(least, math.ceil(images / eta ** (cuts - k))))
-        left = max(min(least, candidates), math.ceil(candidates / eta**k))
         if found and seen <= found[-1].images:
             continue
+        left = max(min(least, candidates), math.ceil(candidates / eta ** len(found)))
         found.append(Rung(left, seen))
     return found
 

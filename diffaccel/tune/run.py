@@ -187,17 +187,21 @@ class Tuning:
         """The recipe."""
         plan, engine = self.plan, self.engine
         asked = Asked(engine.pipe, self.bench.reading, plan.calls, self.tables, self._one_image)
-        choices = gather([s for s in plan.sources if s != "fitted"], asked) if set(plan.sources) - {"fitted"} else []
+        choices = gather([s for s in plan.sources if s != "fitted"], asked)
         rivals = self.bench.stock(plan.calls) if plan.stock else []
-        planned = plan.cost(len(choices) + len(self.tables) + (plan.fit is not None), len(rivals), engine.batch)
+        offered = len(choices) + len(self.tables) + (plan.fit is not None)
+        if not offered:
+            raise OptionError("there is no candidate: 'fitted' needs tables= or fit=True where it is the only source")
+        planned = plan.cost(offered, len(rivals), engine.batch)
         fitted = self._fit_cost()
         if self.progress:
             print(_announced(planned, fitted, len(choices), len(rivals)), flush=True)
         if plan.fit is not None:
             asked.tables = [*self.tables, *self._fit(asked)]
-        choices += gather(["fitted"], asked) if asked.tables else []
+        choices += gather(["fitted"], asked) if "fitted" in plan.sources else []
         if not choices:
-            raise OptionError(f"no candidate is left: {asked.left_out}")
+            why = "; ".join(f"{name}: {text}" for name, text in asked.left_out.items())
+            raise OptionError(f"{', '.join(plan.sources)} offer no candidate ({why or 'no reason given'})")
         total = sum(planned.values())
         with engine.working(total, "tune"), quiet():
             self.bench.learn(plan.images + plan.holdout, total)
