@@ -15,6 +15,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from ..errors import OptionError
 
 UNETS = (UNet2DModel, UNet2DConditionModel)
+SUBLAYERS: tuple[Any, ...] = (*_ATTENTION_CLASSES, *_FEEDFORWARD_CLASSES)
 
 
 class Arguments:
@@ -170,7 +171,7 @@ def _sublayers(model: torch.nn.Module, head: tuple[str, torch.nn.Module], dynami
         for name, block in names.items()
         if not (dynamic and (name == head[0] or name.startswith(head[0] + ".")))
         for inner, part in block.named_modules()
-        if inner and isinstance(part, (*_ATTENTION_CLASSES, *_FEEDFORWARD_CLASSES))
+        if inner and isinstance(part, SUBLAYERS)
     ]
     if not found:
         have = ", ".join(sorted({type(block).__name__ for block in names.values()})) or "no transformer block"
