@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         if world.size > 1:
             raise OptionError(f"tune runs in one process, not in {world.size}")
         made = _tune(args, world)
-        print(f"wrote {args.out}: {made.choice.name}\n{made.receipt}")
+        print(f"wrote {args.out}: {made.choice.name}\n{made.receipt}\nspent: {made.spent}")
         return 0
 
     return run_ranked(job, cpu=args.cpu, threads=args.threads)

@@ -29,6 +29,7 @@ from .receipt import receipt_of
 
 FEWEST = 8  # images that choose, and that judge
 FINALISTS = 3  # stock settings that are measured on the held-out images, where the best of them is picked
+DEARER = 1.1  # seconds of a choice of equal work, in those of the plain run
 # Options of `calibrate.fit` here: its guard and its rivals would judge again what the search and the receipt judge.
 FIT: dict[str, Any] = {"samples": 16, "holdout": 8, "rivals": None}
 
@@ -287,6 +288,10 @@ class Tuning:
             plain=type(engine.pipe.scheduler).__name__, rivals=len(rivals),
             left_out=asked.left_out | bench.failed, gap=bench.gap(), teacher=plan.teacher_steps,
         )  # fmt: skip
+        receipt["prompts"] = {
+            "given": len(engine.prompts),
+            "those that judge chose nothing": len(engine.prompts) >= stop,
+        }
         default = inspect.signature(engine.pipe.__call__).parameters.get("guidance_scale")
         scale = engine.guidance if engine.guidance is not None or default is None else default.default
         made_on = {
@@ -297,11 +302,13 @@ class Tuning:
             "shape": list(bench.shape),
             "call": {k: str(v) for k, v in engine.call.items() if k != "guidance_scale"},
         }
-        spent = {
+        spent: dict[str, Any] = {
             "model calls": {"fit": self.fit_calls, "everything else": engine.calls},
             "seconds": round(engine.seconds, 1),
             "seconds an image": seconds,
         }
+        if winner.work is not None and seconds["tuned"] > DEARER * seconds.get("plain", np.inf):
+            spent["warning"] = "the same work, but more seconds than the plain run on this machine"
         return Recipe(winner, made_on, Receipt(receipt), spent)
 
     def _timed(self, winner: Choice, plain: Run | None) -> dict[str, Any]:
