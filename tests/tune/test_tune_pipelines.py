@@ -21,7 +21,7 @@ FIXED = ("num_inference_steps", "generator", "output_type", "prompt", "guidance_
 pytestmark = pytest.mark.filterwarnings("ignore::diffaccel.errors.ArtifactWarning")  # random weights: what a fit says
 
 
-@source("test two")
+@source("pair")
 def two(asked):
     return [scheduler(asked.calls, s, {}, ("trailing", {})) for s in ("ddim", "deis")]
 
@@ -29,7 +29,7 @@ def two(asked):
 @pytest.fixture(autouse=True, scope="module")
 def _sources():
     yield
-    del SOURCES["test two"]
+    del SOURCES["pair"]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_tuned_recipe_runs(name, stock, tmp_path):
     options = {"images": 8, "holdout": 8, "teacher_steps": 16, "batch": 8, "progress": False, "stock": stock}
     fit = {"samples": 4, "holdout": 4, "moves": 0, "grids": "time"}
     recipe = da.tune(
-        pipe, ["a red fox", "a hat"], 3, sources=("test two", "fitted"), fit=fit, out=out,
+        pipe, ["a red fox", "a hat"], 3, sources=("pair", "fitted"), fit=fit, out=out,
         guidance=given.get("guidance_scale"), **options, **call,
     )  # fmt: skip
     assert pipe.scheduler is before and recipe == Recipe.load(out)
@@ -61,7 +61,7 @@ def test_the_command_on_a_trained_model(tmp_path, capsys):
     out = tmp_path / "recipe.json"
     table = ["--table", str(models.fitted("tiny-sd"))]
     size = ["--call", "height=32", "--call", "width=32", "--set", "stock=false", "--cpu", "--no-fit"]
-    small = ["--images", "8", "--holdout", "16", "--teacher-steps", "40", "--set", 'sources=("test two","fitted")']
+    small = ["--images", "8", "--holdout", "16", "--teacher-steps", "40", "--set", 'sources=("pair","fitted")']
     assert main(["tune", "tiny-sd", "--calls", "8", "--guidance", "4", "--out", str(out), *table, *size, *small]) == 0
     printed = capsys.readouterr().out
     assert "tune: 2 candidates" in printed and f"wrote {out}: fitted(tiny-sd-fit.safetensors)" in printed
