@@ -4,115 +4,19 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from diffusers.hooks import ModelHook
-
 from ..artifact import Artifact, Receipt, check_path
-from ..calibrate.captured import model_config
-from ..drive import denoiser
-from ..errors import ArtifactError, ArtifactWarning, OptionError, RunError, one_of
+from ..errors import ArtifactError, ArtifactWarning, OptionError, RunError
 from ..identity import check_guidance, check_model
-from ..schedulers import TableScheduler
 from ..schedulers.from_config import read
-from .bottleneck import bottleneck
-from .handle import Handle, refuse_wrapped
+from .applied import Cached, Scheduled, applied
+from .handle import refuse_wrapped
 from .recipe import Choice, Recipe
 
-Builder = Callable[[Any, Choice], Handle]
-BUILDERS: dict[str, Builder] = {}
-STATES = ("sample", "hidden_states")
 
-
-def builder(kind: str) -> Callable[[Builder], Builder]:
-    """Register `build(pipe, choice)`, which applies choices of a kind and returns their handle."""
-
-    def register(build: Builder) -> Builder:
-        BUILDERS[kind] = build
-        return build
-
-    return register
-
-
-def applied(pipe: Any, choice: Choice) -> Handle:
-    """The pipeline with a choice applied, without any check that it was found on this checkpoint.
-
-    Raises:
-        OptionError: an unknown kind, or what that kind refuses.
-    """
-    return BUILDERS[one_of("kind of choice", choice.kind, BUILDERS)](pipe, choice)
-
-
-# ---------------------------------------------------------------------- schedulers
-class _Guard(ModelHook):
-    """Sees to it, before the first model call of a run, that the run is the recipe's."""
-
-    def __init__(self, scheduler: TableScheduler, choice: Choice) -> None:
-        super().__init__()
-        self.scheduler, self.choice = scheduler, choice
-        self.where = choice.name
-        self.shape: tuple[int, ...] | None = None  # that the recipe was tuned at
-        self._seen: Any = None
-        self._warned = False
-
-    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        timesteps = self.scheduler.timesteps
-        if timesteps is not self._seen:
-            self._check(args[0] if args else next((kwargs[n] for n in STATES if n in kwargs), None))
-            self._seen = timesteps
-        return args, kwargs
-
-    def _check(self, state: Any) -> None:
-        calls, made = self.scheduler.num_inference_steps, self.choice.calls
-        if calls is not None and calls != made:
-            raise ArtifactError(
-                f"{self.where} is a recipe for {made} model calls, and this run has {calls}. Pass num_inference_steps="
-                f"{made}, or tune again with --calls {calls}"
-            )
-        if self.shape is not None and isinstance(state, torch.Tensor):
-            self._check_shape(tuple(state.shape[1:]), self.shape)
-
-    def _check_shape(self, here: tuple[int, ...], made: tuple[int, ...]) -> None:
-        axis = 0 if len(made) > 2 else -1  # of channels: (C, H, W), (C, F, H, W), or tokens (L, C)
-        if len(here) != len(made) or here[axis] != made[axis]:
-            raise ArtifactError(
-                f"{self.where} was tuned on states of shape {made}, this run's are {here}: other channels or another "
-                "packing, so it belongs to another kind of model. Tune again."
-            )
-        if here != made and not self._warned:
-            self._warned = True
-            text = f"{self.where} was tuned on states of shape {made}, this run's are {here}"
-            warnings.warn(f"{text}: what its receipt says was measured there", ArtifactWarning, stacklevel=2)
-
-
-class Scheduled(Handle):
-    """A pipeline with another scheduler."""
-
-    def __init__(self, pipe: Any, scheduler: TableScheduler, choice: Choice) -> None:
-        self.guard = _Guard(scheduler, choice)
-        super().__init__(pipe, "accelerate", scheduler, {denoiser(pipe): self.guard})
-
-    def report(self) -> int | None:
-        """Steps that this thread's last run has made; None before it."""
-        return self._scheduler.step_index if self._scheduler.num_inference_steps is not None else None
-
-
-@builder("scheduler")
-def _scheduled(pipe: Any, choice: Choice) -> Handle:
-    refuse_wrapped(pipe)
-    given = dict(choice.settings) | ({} if choice.artifact is None else {"artifact": choice.artifact})
-    return Scheduled(pipe, TableScheduler.from_config(model_config(pipe.scheduler.config), **given), choice)
-
-
-@builder("bottleneck")
-def _staged(pipe: Any, choice: Choice) -> Handle:
-    return bottleneck(pipe, **choice.settings)
-
-
-# ---------------------------------------------------------------------- recipes
 @dataclass(frozen=True)
 class AccelerateReport:
     """What ran, beside what was measured when it was tuned.
@@ -137,7 +41,7 @@ class AccelerateReport:
 class Accelerated:
     """Handle of `accelerate`: callable in place of the pipeline, a context manager, and the way back."""
 
-    def __init__(self, inner: Handle, recipe: Recipe) -> None:
+    def __init__(self, inner: Any, recipe: Recipe) -> None:
         self.inner, self.recipe, self.pipe = inner, recipe, inner.pipe
         self._removed = False
 
@@ -222,7 +126,7 @@ def accelerate(pipe: Any, recipe: Recipe | str | os.PathLike[str], *, strict: bo
         text = f"{found.file}: {found.receipt['verdict']}"
         warnings.warn(text, ArtifactWarning, stacklevel=2)
     inner = applied(pipe, _of_model(choice, made["model"]))
-    if isinstance(inner, Scheduled):
+    if isinstance(inner, (Scheduled, Cached)):
         inner.guard.where, inner.guard.shape = found.file, tuple(made["shape"])
     return Accelerated(inner, found)
 

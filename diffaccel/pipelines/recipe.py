@@ -37,7 +37,7 @@ class Choice:
 
     Args:
         name: for tables and messages; unique among candidates.
-        kind: how it is applied, a key of `pipelines.accelerate.BUILDERS`.
+        kind: how it is applied, a key of `pipelines.applied.BUILDERS`.
         settings: of that kind (JSON values).
         calls: model calls an image; a pair for classifier-free guidance counts once.
         work: the same in calls of the whole model at full size, where calls differ in cost; None: `calls`.

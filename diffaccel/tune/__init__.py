@@ -14,9 +14,9 @@ from typing import Any
 _NAMES = {
     "tune": "run",
     "Asked": "candidates",
-    "scheduler": "candidates",
+    "scheduler": "sources",
     "source": "candidates",
-    "SOURCES": "candidates",
+    "SOURCES": "run",
 }
 
 __all__ = [*_NAMES]

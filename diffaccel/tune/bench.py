@@ -24,7 +24,7 @@ from ..compare import stock as stock_candidates
 from ..core.path import Nodes
 from ..drive import denoiser, steps_for
 from ..errors import DiffaccelError, RunError
-from ..pipelines.accelerate import applied
+from ..pipelines.applied import applied
 from ..pipelines.recipe import Choice
 
 FAILS = (DiffaccelError, ValueError, IndexError, RuntimeError, TypeError, ImportError)  # of one setting, not of the run

@@ -18,10 +18,11 @@ from ..calibrate.fit import fit as fit_tables
 from ..calibrate.fit_core import Plan as FitPlan
 from ..errors import OptionError
 from ..identity import check_model, model_identity
-from ..pipelines.accelerate import applied
+from ..pipelines.applied import applied
 from ..pipelines.handle import refuse_wrapped
 from ..pipelines.recipe import Choice, Recipe
 from ..prompts import read_prompts
+from . import equal_work  # noqa: F401 - it registers candidates, and so do the sources that it stands on
 from .bench import Bench, Run, quiet
 from .candidates import SOURCES, USUAL, Asked, gather
 from .halving import Search, evaluations, halve, rungs

@@ -16,7 +16,7 @@ from diffaccel.pipelines.recipe import Choice, Recipe
 from diffaccel.schedulers import FittedScheduler, TableScheduler
 from diffaccel.schedulers.from_config import read
 from diffaccel.testing.pipelines import build, call_kwargs, denoiser
-from diffaccel.tune.candidates import embedded
+from diffaccel.tune.sources import embedded
 
 PIPELINES = ("sd15", "sdxl", "sd3", "flux", "qwen_image", "wan")
 SETTINGS = {"sampler": "unipc", "sampler_options": {"order": 2}, "grid": "trailing", "grid_options": None}

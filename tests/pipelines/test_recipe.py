@@ -14,7 +14,7 @@ from diffaccel import models
 from diffaccel.artifact import Artifact, Receipt
 from diffaccel.errors import ArtifactError
 from diffaccel.pipelines.recipe import Choice, Recipe
-from diffaccel.tune.candidates import embedded
+from diffaccel.tune.sources import embedded
 
 MODEL = {"class": "UNet2DConditionModel", "config_sha256": "a", "weights_sha256": "b", "weights_sample": [0.1]}
 MADE_ON = {

@@ -14,13 +14,14 @@ from diffaccel import calibrate
 from diffaccel.artifact import Artifact
 from diffaccel.calibrate.engine import Engine
 from diffaccel.errors import ArtifactError, ArtifactWarning, OptionError
-from diffaccel.pipelines.accelerate import applied
+from diffaccel.pipelines.applied import applied
 from diffaccel.pipelines.recipe import Recipe
 from diffaccel.testing.problems import Mixture
 from diffaccel.tune import bench as bench_module
 from diffaccel.tune.bench import Bench
-from diffaccel.tune.candidates import SOURCES, Asked, gather, scheduler, source
+from diffaccel.tune.candidates import SOURCES, Asked, gather, source
 from diffaccel.tune.halving import score
+from diffaccel.tune.sources import scheduler
 
 pytestmark = [  # diffusers' own, and what a fit on so few images says
     pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning"),

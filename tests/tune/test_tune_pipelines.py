@@ -11,10 +11,17 @@ import torch
 
 import diffaccel as da
 from diffaccel import models
+from diffaccel.calibrate.engine import Engine
 from diffaccel.cli import main
-from diffaccel.pipelines.recipe import Recipe
+from diffaccel.drive import denoiser
+from diffaccel.errors import ArtifactError, OptionError
+from diffaccel.pipelines.applied import applied
+from diffaccel.pipelines.recipe import Choice, Recipe
+from diffaccel.schedulers.from_config import read
 from diffaccel.testing.pipelines import build, call_kwargs
-from diffaccel.tune.candidates import SOURCES, scheduler, source
+from diffaccel.tune.candidates import SOURCES, Asked, gather, source
+from diffaccel.tune.equal_work import flops
+from diffaccel.tune.sources import scheduler
 
 ROOT = Path(__file__).parents[2]
 FIXED = ("num_inference_steps", "generator", "output_type", "prompt", "guidance_scale")
@@ -85,3 +92,60 @@ def test_the_example_runs_as_written(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "verdict:" in done.stdout and (tmp_path / "tuned.png").stat().st_size > 200
+
+
+# ---------------------------------------------------------------------- at equal work
+def asked_of(pipe, calls, call):
+    engine = Engine(pipe, ["a red fox"], call=call, guidance=4.0, batch=1, progress=False)
+
+    def run(steps):
+        engine.run(engine.batches(0, 1)[0], pipe.scheduler, steps)
+
+    return Asked(pipe, read(pipe.scheduler.config), calls, run=run)
+
+
+@pytest.mark.filterwarnings("ignore:.*steps. a cache gains little")
+@pytest.mark.parametrize(("name", "model"), [("cache", "tiny-sd"), ("cache", "tiny-flow"), ("staged", "tiny-sd")])
+def test_candidates_at_equal_work_do_the_work_that_they_state(name, model):
+    """Counted again, in runs of the very candidates: never more than the plain run's, and close to it."""
+    pipe, size = models.load(model), 64 if name == "staged" else 32
+    pipe.set_progress_bar_config(disable=True)
+    before = pipe.scheduler
+    asked = asked_of(pipe, 10, {"height": size, "width": size} | models.CALL_DEFAULTS.get(model, {}))
+    full = flops(pipe, lambda: asked.run(10)) / 10
+    found = gather([name], asked)
+    assert found and pipe.scheduler is before
+    for choice in found[::5]:
+        with applied(pipe, choice):
+            work = flops(pipe, lambda choice=choice: asked.run(choice.calls)) / full
+        assert work == pytest.approx(choice.work, rel=2e-3) and work <= 10.2
+        assert choice.calls > 10 and Choice.from_json(choice.to_json()).to_json() == choice.to_json()
+    assert pipe.scheduler is before and not hasattr(denoiser(pipe), "_diffusers_hook")
+
+
+def test_a_cache_in_a_recipe_runs_as_the_wrapper_does():
+    pipe = models.load("tiny-sd")
+    pipe.set_progress_bar_config(disable=True)
+    before, cache = pipe.scheduler, da.Cache.every(2, forecast=1)
+    call = {"height": 32, "width": 32, "guidance_scale": 4.0, "output_type": "latent"}
+    plain = scheduler(12, "deis", {"order": 2}, ("trailing", {}))
+    pipe.scheduler = da.TableScheduler.from_config(before.config, **plain.settings)
+    with da.quant_cache(pipe, cache=cache) as h:
+        wanted = h("a photo of a red coat", num_inference_steps=12, generator=seeded(), **call).images
+    pipe.scheduler = before
+    settings = {"scheduler": dict(plain.settings), "cache": cache.to_dict()}
+    choice = Choice.from_json(Choice("cached", "cached", settings, 12, 10.0).to_json())
+    handle = applied(pipe, choice)
+    found = handle("a photo of a red coat", num_inference_steps=12, generator=seeded(), **call).images
+    assert torch.equal(found, wanted) and handle.report().cache.steps == 12
+    with pytest.raises(ArtifactError, match="a recipe for 12 model calls, and this run has 8"):
+        pipe("a photo of a red coat", num_inference_steps=8, **call)
+    with pytest.raises(OptionError, match="wrapped by"):
+        applied(pipe, choice)
+    handle.remove()
+    handle.remove()
+    assert pipe.scheduler is before and not hasattr(pipe.unet, "_diffusers_hook")
+
+
+def seeded():
+    return torch.Generator().manual_seed(1)
