@@ -88,27 +88,32 @@ class Cache:
         return cls("mask", rows=_mask(rows), **_shared("Cache.mask", how))
 
     @classmethod
-    def learned(cls, artifact: Artifact | str | os.PathLike[str], *, force: bool = False) -> Cache:
-        """The mask that `diffaccel.calibrate.cache` found on this checkpoint, with the settings it was found with.
+    def learned(
+        cls, artifact: Artifact | str | os.PathLike[str], full: int | None = None, *, force: bool = False
+    ) -> Cache:
+        """A mask that `diffaccel.calibrate.cache` found on this checkpoint, with the settings it was found with.
 
         Args:
             artifact: or its file.
+            full: number of full steps, where masks were learned for several; None: the best of them.
             force: use it although its receipt says that no benefit was found.
 
         Raises:
-            ArtifactError: no artifact of kind "cache", one without a mask, or one without benefit.
+            ArtifactError: no artifact of kind "cache", one without such a mask, or one without benefit.
         """
         found = artifact.of_kind("cache") if isinstance(artifact, Artifact) else Artifact.load(artifact, "cache")
-        if not found.meta.get("mask"):
-            raise ArtifactError(f"{found.file} holds no skip mask (only variance compensation); calibrate one")
-        if not found.meta.get("benefit") and not force:
+        learned = {run["full"]: run for run in found.meta.get("runs", []) if run["learned"]}
+        if not learned or (full is not None and full not in learned):
+            wanted = "no learned mask" if full is None else f"no learned mask of {full} full steps"
+            raise ArtifactError(f"{found.file} holds {wanted}; it holds those of {sorted(learned) or 'none'}")
+        chosen = found.meta if full is None else learned[full]
+        if not chosen["benefit"] and not force:
             raise ArtifactError(
-                f"{found.file} says 'no benefit found': its mask beat neither intervals nor plain runs of equal cost. "
-                "Use Cache.every, or force=True to run it anyway"
+                f"{found.file} says 'no benefit found': its mask did not beat plain runs of equal cost. Use "
+                "fewer steps without a cache, or force=True to run it anyway"
             )
-        made = cls.from_dict(found.meta["cache"])
-        return replace(made, kind="learned", rows=_mask(found.meta["mask"]), interval=0, warmup=0, tail=0,
-                       artifact=found)  # fmt: skip
+        made = cls.from_dict(chosen["cache"])
+        return replace(made, kind="learned", rows=_mask(chosen["mask"]), artifact=found)
 
     @classmethod
     def first_block(

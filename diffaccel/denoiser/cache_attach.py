@@ -21,7 +21,7 @@ from .clock import Clock, Run
 from .contract import attach, denoisers, detach
 
 PREFIX = "diffaccel."
-NAME = PREFIX + "cache"
+NAME = PREFIX + "quant_cache"
 
 
 class Attached:

@@ -82,7 +82,7 @@ class QuantCache:
         """Quantise, hook, compensate: hooks would hide layers from quantisation, and its error is compensated."""
         models = denoisers(self.pipe)
         if self._calibrated is not None:
-            self._calibrated.check_identity(model_identity(next(iter(models.values()))))
+            self._calibrated.check_identity(model_identity(self.pipe))
         if quant is not None:
             for name, model in models.items():
                 self._quantised[name] = quantise(model, quant)

@@ -1,0 +1,227 @@
+"""`quant_cache` as a user has it: on, run, report, off; with quantisation and with what was calibrated."""
+
+from __future__ import annotations
+
+import hooked_runs as runs
+import numpy as np
+import pytest
+import torch
+
+import diffaccel as da
+from diffaccel.artifact import Artifact
+from diffaccel.denoiser.calibrated import key_of
+from diffaccel.errors import ArtifactError, OptionError, RunError
+from diffaccel.identity import model_identity
+from diffaccel.schedulers import FSamplerScheduler, RestartScheduler, TableScheduler
+from diffaccel.testing.pipelines import call_kwargs, denoiser
+
+STEPS = 10
+QUANT = da.Quant("w8a8", min_features=16)  # the tiny models are narrow
+
+
+def gap(a, b):
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1))
+
+
+def artifact_for(pipe, case, cache, gain=1.02, learned=False, benefit=True, quant=None) -> Artifact:
+    """What `calibrate.cache` writes, with gains made up."""
+    level = "deep" if hasattr(pipe, "unet") else "stack"
+    full = cache.full_steps(STEPS)
+    state = {}
+
+    def see(pipe, step, t, kwargs):
+        state["x"] = kwargs["latents"]
+        return kwargs
+
+    identity = model_identity(pipe)
+    runs.run(pipe, case, STEPS, callback_on_step_end=see)
+    shape = (STEPS, state["x"].shape[-1] if state["x"].ndim == 3 else state["x"].shape[1])
+    run = {
+        "decisions": "".join("F" if f else "." for f in full), "mask": [int(f) for f in full],
+        "cache": {**cache.to_dict(), "level": level}, "full": sum(full), "learned": learned, "benefit": benefit,
+        "compensated": True,
+    }  # fmt: skip
+    tensors = {"mu_ref_0": np.full(shape, 0.01), "mu_acc_0": np.zeros(shape), "gain_0": np.full(shape, gain)}
+    tensors["gain_0"][2:] = 1.0
+    meta = {
+        "runs": [run],
+        "key": key_of(pipe, pipe.scheduler, tuple(state["x"].shape[1:]), quant),
+        "model": identity,
+        **({k: run[k] for k in ("mask", "cache", "benefit")} if learned else {}),
+    }
+    return Artifact("cache", tensors, meta)
+
+
+# ---------------------------------------------------------------------- on, run, off
+@pytest.mark.parametrize("case", ["sd15", "sd3", "flux", "qwen"])
+def test_cache_and_quantisation_and_the_way_back(case):
+    pipe = runs.made(case)
+    before = runs.run(pipe, case, STEPS)
+    weights = dict(denoiser(pipe).named_parameters())
+    with da.quant_cache(pipe, cache=da.Cache.every(3), quant=QUANT) as h:
+        first = runs.run(pipe, case, STEPS)
+        again = h(**call_kwargs(runs.CASES[case][0], num_inference_steps=STEPS))[0]
+        report = h.report()
+    assert torch.equal(first, again) and gap(first, before) > 1e-4
+    assert report.cache.forwards["reused"] > 0 and "w8a8" in str(report) and "FFFF..F..F" in str(report)
+    assert report.to_dict()["cache"]["full_calls"]
+    assert torch.equal(runs.run(pipe, case, STEPS), before)
+    assert all(p is weights[name] for name, p in denoiser(pipe).named_parameters())
+
+
+def test_quantisation_alone_is_near_and_cache_alone_needs_no_torchao():
+    pipe = runs.made("flux")
+    before = runs.run(pipe, "flux", STEPS)
+    with da.quant_cache(pipe, quant=QUANT) as h:
+        assert 0 < gap(runs.run(pipe, "flux", STEPS), before) < 0.05
+        assert h.report().cache is None
+    with da.quant_cache(pipe, cache=da.Cache.every(1)):
+        assert torch.equal(runs.run(pipe, "flux", STEPS), before)
+
+
+def test_a_removed_handle_does_not_pretend():
+    pipe = runs.made("flux")
+    h = da.quant_cache(pipe, cache=da.Cache.every(3))
+    with pytest.raises(RunError, match="no run was made"):
+        h.report()
+    h.remove()
+    h.remove()
+    with pytest.raises(RunError, match="removed"):
+        h("a prompt")
+
+
+def test_a_failure_undoes_what_was_done_before_it():
+    pipe = runs.made("flux")
+    before = runs.run(pipe, "flux", STEPS)
+    with pytest.raises(OptionError, match="level='deep'"):
+        da.quant_cache(pipe, cache=da.Cache.every(3, level="deep"), quant=QUANT)
+    assert torch.equal(runs.run(pipe, "flux", STEPS), before)
+    da.quant_cache(pipe, quant=QUANT).remove()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "does nothing"),
+        ({"cache": "every"}, "no Cache"),
+        ({"quant": "w4"}, "unknown quantisation"),
+        ({"quant": "w8a8"}, "no layer of this"),
+        ({"quant": QUANT, "artifact": "file"}, "belongs to a cache"),
+    ],
+)
+def test_options_that_mean_nothing(options, says):
+    with pytest.raises(OptionError, match=says):
+        da.quant_cache(runs.made("flux"), **options)
+
+
+def test_wrappers_that_do_not_compose():
+    pipe = runs.made("flux")
+    with da.quant_cache(pipe, cache=da.Cache.every(3)):
+        with pytest.raises(OptionError, match="'quant_cache' already"):
+            da.quant_cache(pipe, cache=da.Cache.every(3))
+        with pytest.raises(OptionError, match="'quant_cache' already"):
+            da.extrapolate(pipe, "h2/s3")
+    with da.extrapolate(pipe, "h2/s3"), pytest.raises(OptionError, match="'extrapolate' already"):
+        da.quant_cache(pipe, cache=da.Cache.every(3))
+    pipe.scheduler = FSamplerScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(OptionError, match="two extrapolations"):
+        da.quant_cache(pipe, cache=da.Cache.every(3))
+
+
+def test_our_schedulers_run_under_a_cache():
+    pipe = runs.made("sd15-ddim")
+    pipe.scheduler = TableScheduler.from_config(pipe.scheduler.config, sampler="dpmpp", order=2)
+    with da.quant_cache(pipe, cache=da.Cache.every(3)) as h:
+        runs.run(pipe, "sd15-ddim", 12)
+        assert h.report().cache.decisions["0"] == ["FFFF..F..F.F"] * 2
+
+
+def test_steps_that_go_up_in_noise_are_full_and_carry_nothing_over():
+    pipe = runs.made("sd15-ddim")
+    pipe.scheduler = RestartScheduler.from_config(pipe.scheduler.config)
+    with da.quant_cache(pipe, cache=da.Cache.every(3)) as h:
+        runs.run(pipe, "sd15-ddim", 24)
+        letters = h.report().cache.decisions["0"][0]
+    levels = [float(s) for s in pipe.scheduler.sigmas[:-1]]
+    ups = [i for i in range(1, len(levels)) if levels[i] > levels[i - 1]]
+    assert ups and all(letters[i] == "F" for i in ups)
+
+
+# ---------------------------------------------------------------------- calibrated
+@pytest.mark.parametrize("case", ["sd15-ddim", "sd15", "sd3", "flux"])
+def test_compensation_is_applied_after_each_step(case):
+    pipe, cache = runs.made(case), da.Cache.every(3)
+    found = artifact_for(pipe, case, cache)
+    own, seen = pipe.scheduler, []
+    with da.quant_cache(pipe, cache=cache):
+        plain = runs.run(pipe, case, STEPS)
+
+    def by_hand(pipe, step, t, kwargs):
+        x = kwargs["latents"]
+        seen.append(step)
+        return {"latents": 0.01 + (1.02 if step < 2 else 1.0) * x}
+
+    with da.quant_cache(pipe, cache=cache):
+        expected = runs.run(pipe, case, STEPS, callback_on_step_end=by_hand)
+    with da.quant_cache(pipe, cache=cache, artifact=found) as h:
+        assert type(pipe.scheduler).__name__ == type(own).__name__ and isinstance(pipe.scheduler, type(own))
+        ours = runs.run(pipe, case, STEPS)
+        report = h.report()
+    assert len(seen) == STEPS and gap(ours, plain) > 1e-3
+    assert gap(ours, expected) < 1e-5
+    assert report.gains == (1.0, 1.02) and report.compensated == STEPS
+    assert pipe.scheduler is own
+
+
+def test_an_artifact_serves_only_what_it_was_made_for(tmp_path):
+    pipe, cache = runs.made("sd3"), da.Cache.every(3)
+    file = artifact_for(pipe, "sd3", cache).save(tmp_path / "vc.safetensors")
+    with da.quant_cache(pipe, cache=cache, artifact=file):
+        runs.run(pipe, "sd3", STEPS)
+        with pytest.raises(ArtifactError, match="steps"):
+            runs.run(pipe, "sd3", 12)
+        with pytest.raises(ArtifactError, match="guidance"):
+            runs.run(pipe, "sd3", STEPS, guidance_scale=5.0)
+        with pytest.raises(ArtifactError, match="shape"):
+            runs.run(pipe, "sd3", STEPS, height=64, width=64)
+        runs.run(pipe, "sd3", STEPS)
+    with pytest.raises(ArtifactError, match="not calibrated for"):
+        da.quant_cache(pipe, cache=da.Cache.every(2), artifact=file)
+    with pytest.raises(ArtifactError, match="not first_block"):
+        da.quant_cache(pipe, cache=da.Cache.first_block(0.2), artifact=file)
+    with da.quant_cache(pipe, cache=cache, artifact=file, quant=QUANT), pytest.raises(ArtifactError, match="quantis"):
+        runs.run(pipe, "sd3", STEPS)
+    next(iter(denoiser(pipe).parameters())).data += 0.1
+    with pytest.raises(ArtifactError, match="another model"):
+        da.quant_cache(pipe, cache=cache, artifact=file)
+
+
+def test_learned_masks_come_with_their_artifact():
+    pipe, mask = runs.made("sd3"), da.Cache.mask([1, 1, 0, 0, 1, 0, 1, 0, 0, 1])
+    found = artifact_for(pipe, "sd3", mask, learned=True)
+    with da.quant_cache(pipe, cache=da.Cache.learned(found)) as h:
+        runs.run(pipe, "sd3", STEPS)
+        assert h.report().cache.decisions["0"] == ["FF..F.F..F"] * 2 and h.report().compensated == STEPS
+        with pytest.raises(OptionError, match="10 steps, the run has 12"):
+            runs.run(pipe, "sd3", 12)
+    assert da.Cache.learned(found, full=5).rows == mask.rows
+    with pytest.raises(ArtifactError, match="no learned mask of 4"):
+        da.Cache.learned(found, full=4)
+    with pytest.raises(ArtifactError, match="no learned mask"):
+        da.Cache.learned(artifact_for(pipe, "sd3", mask))
+    useless = artifact_for(pipe, "sd3", mask, learned=True, benefit=False)
+    with pytest.raises(ArtifactError, match="no benefit found"):
+        da.Cache.learned(useless)
+    assert da.Cache.learned(useless, force=True).rows == mask.rows
+
+
+def test_a_scheduler_that_was_replaced_is_named():
+    pipe, cache = runs.made("sd3"), da.Cache.every(3)
+    own = pipe.scheduler
+    h = da.quant_cache(pipe, cache=cache, artifact=artifact_for(pipe, "sd3", cache))
+    ours, pipe.scheduler = pipe.scheduler, own
+    with pytest.raises(RunError, match=r"pipe\.scheduler was replaced"):
+        h.remove()
+    pipe.scheduler = ours
+    h.remove()
+    assert pipe.scheduler is own
