@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +12,11 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import StateManager
 
 from ..errors import OptionError
-from .agree import differences
 from .layers import Post, Seat, Seats
 from .layers_found import family_of, layers_of
-from .patch_call import digest, each, halved, joined, number, register, shapes_of, step_ratio, unregister
+from .patch_call import each, halved, joined, number, register, shapes_of, step_ratio, unregister
 from .patch_settings import LATE, Settings
+from .patch_watch import Watch
 from .plan import Bands, Group, Ranges
 from .protocol import World, WorldError, line
 
@@ -85,12 +83,11 @@ class PatchHook(ModelHook):
         facts: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         super().__init__()
-        self.world, self.settings, self.run, self.facts = world, settings, run, facts
+        self.world, self.settings, self.run, self.watch = world, settings, run, Watch(world, settings, facts)
         self.seats, self.context, self.tally = Seats(), _Context(), Tally()
         self._branches: dict[str, Branch] = {}
         self._run: Any = None
-        self._time, self._ordinal, self._checked = -float("inf"), 0, 0
-        self._event: Any = None
+        self._time, self._ordinal = -float("inf"), 0
 
     # ------------------------------------------------------------------ on and off
     def attach(self, model: torch.nn.Module) -> None:
@@ -123,16 +120,14 @@ class PatchHook(ModelHook):
     @torch.compiler.disable(recursive=False)
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(self.names, args)), **kwargs}
-        self._settle()
+        self.watch.settle()
         branch, halves, late, step = self._begin(module, arguments)
         outputs = self.world.run(
             lambda rank: self._part(Group(rank, self.world.size, halves), arguments, branch, late, step)
         )
         self.tally.calls += 1
         self.tally.late += late and self.world.size > halves
-        if self.world.device.type not in ("cpu", "meta"):
-            self._event = torch.Event(self.world.device.type)
-            self._event.record()
+        self.watch.mark()
         return outputs[0]
 
     def _begin(self, module: torch.nn.Module, arguments: dict[str, Any]) -> tuple[Branch, int, bool, float | None]:
@@ -141,13 +136,13 @@ class PatchHook(ModelHook):
         run = self.run()
         if run is not self._run or now > self._time:
             self._reset()
-            self.tally, self._run, self._checked = Tally(), run, 0
+            self.watch.new_run()
+            self.tally, self._run = Tally(), run
             if sum(1 for _ in module.modules()) != self._modules:
                 raise OptionError(
                     "modules of the denoiser changed since it was wrapped (a LoRA?): remove() and wrap again"
                 )
-        self._same_device(sample.device)
-        self._agree(arguments, sample)
+        self.watch.agree(arguments, self.family.sample)
         self._ordinal = self._ordinal + 1 if now == self._time else 0
         self._time = now
         branch = self._branches.setdefault(self.context.name or str(self._ordinal), Branch())
@@ -241,50 +236,6 @@ class PatchHook(ModelHook):
                 "torch's scaled_dot_product_attention exactly once: set the 'native' attention backend and the default "
                 "attention processors, and take image prompts off"
             )
-
-    def _same_device(self, here: torch.device) -> None:
-        wanted = self.world.device
-        if here.type != wanted.type or (None not in (here.index, wanted.index) and here.index != wanted.index):
-            raise OptionError(
-                f"the denoiser is called on {here}, but rank {self.world.rank} has {wanted}: use pipe.to()"
-            )
-
-    def _agree(self, arguments: dict[str, Any], sample: torch.Tensor) -> None:
-        """All ranks are about to make the same call. Looked at twice a run: the second call shows unequal noise."""
-        if self._checked > 1:
-            return
-        values: dict[str, Any] = {"latents": digest(sample), "size": [*sample.shape], "dtype": str(sample.dtype)}
-        if self._checked == 0:
-            given = {k: v for k, v in arguments.items() if k != self.family.sample}
-            values |= {**self.facts(), "arguments": {k: digest(v) for k, v in given.items()}}
-            values["settings"] = {k: v for k, v in vars(self.settings).items() if v is not None}
-        self._checked += 1
-        what = f"agreement before call {self._checked - 1}"
-        found = [
-            json.loads(v) for v in self.world.gather(what, json.dumps(values).encode(), timeout=self.world.timeout)
-        ]
-        for rank, theirs in enumerate(found):
-            wrong = differences(found[0], theirs, "rank 0 has", f"rank {rank} has")
-            if wrong:
-                advice = (
-                    "\nPass the same arguments on every rank, and generator=torch.Generator('cpu').manual_seed(seed)"
-                    if any("latents" in w for w in wrong)
-                    else ""
-                )
-                text = "the ranks are not about to make the same image:\n" + "\n".join(wrong) + advice
-                raise WorldError(text, told=self.world.rank != 0)
-
-    def _settle(self) -> None:
-        """Where a device works by itself: wait for the end of the last call, with an eye on the other ranks."""
-        self.world.check()
-        start = time.monotonic()
-        while self._event is not None and not self._event.query():
-            self.world.check()
-            if time.monotonic() - start > self.world.timeout:
-                raise WorldError(
-                    f"rank {self.world.rank} waited {self.world.timeout:.0f} s for the end of a model call"
-                )
-            time.sleep(0.0005)
 
     def _reset(self) -> None:
         for branch in self._branches.values():

@@ -71,7 +71,8 @@ def digest(value: Any) -> Any:
     def read(x: torch.Tensor) -> torch.Tensor:
         found.append(f"{tuple(x.shape)}{x.dtype}".encode())
         if not x.is_meta:
-            found.append(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            flat = x.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1)  # also of an expanded one
+            found.append(flat.view(torch.uint8).numpy().tobytes())
         return x
 
     plain = each(value, read)

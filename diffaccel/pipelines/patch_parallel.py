@@ -14,13 +14,17 @@ import torch
 
 from ..drive import fingerprint, plain_config
 from ..errors import OptionError
-from ..parallel.patch import PatchHook
+from ..parallel.layers_found import FAMILIES
+from ..parallel.patch import PatchHook, Tally
 from ..parallel.patch_cost import Costs, costs
 from ..parallel.patch_settings import LATE, Settings
 from ..parallel.protocol import TIMEOUT, SoloWorld, World, line
+from ..parallel.ulysses import UlyssesHook, takes
+from ..parallel.world import DistWorld
 from .handle import denoisers, hooks_of, refuse_stateful, refuse_wrapped
 
 logger = logging.getLogger(__name__)
+ULYSSES = "diffusers' context parallelism (Ulysses)"
 COMMAND = "torchrun --nproc-per-node P script.py"
 
 
@@ -66,11 +70,12 @@ class PatchParallel:
     def __init__(self, pipe: Any, world: World, settings: Settings) -> None:
         self.pipe, self.world, self.settings = pipe, world, settings
         self.name, self.model = _denoiser(pipe)
-        self._hook: PatchHook | None = None
+        self._hook: PatchHook | UlyssesHook | None = None
         if world.size == 1:
             return
         weights = fingerprint(pipe)
-        self._hook = PatchHook(world, settings, lambda: pipe.scheduler.timesteps, lambda: _facts(pipe, weights))
+        kind = UlyssesHook if _by_diffusers(self.model, world, settings) else PatchHook
+        self._hook = kind(world, settings, lambda: pipe.scheduler.timesteps, lambda: _facts(pipe, weights))
         self._hook.attach(self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,17 +89,13 @@ class PatchParallel:
 
     def report(self) -> PatchReport:
         """What this rank has counted in the last run."""
-        traffic = self.world.traffic
-        tally = self._hook.tally if self._hook else None
-        return PatchReport(
-            self.world.size,
-            self.settings.mode if self._hook else "one process, nothing shared",
-            tally.calls if tally else 0,
-            tally.late if tally else 0,
-            dict(traffic.bytes),
-            dict(traffic.messages),
-            dict(traffic.seconds),
-        )
+        size, traffic = self.world.size, self.world.traffic
+        if isinstance(self._hook, UlyssesHook):
+            return PatchReport(size, f"sync ({ULYSSES}, whose bytes are not counted)", self._hook.calls, 0, {}, {}, {})
+        tally = self._hook.tally if self._hook else Tally()
+        mode = self.settings.mode if self._hook else "one process, nothing shared"
+        counted = dict(traffic.bytes), dict(traffic.messages), dict(traffic.seconds)
+        return PatchReport(size, mode, tally.calls, tally.late, *counted)
 
     def costs(self, height: int, width: int, *, batch: int = 2, ranks: int | None = None, text: int = 77) -> Costs:
         """Bytes, messages and memory of one call, before anything runs.
@@ -132,6 +133,8 @@ class PatchParallel:
         ranks = ranks or self.world.size
         if ranks == 1:
             return f"patch_parallel: one process, nothing is shared; start the script with {COMMAND}"
+        if isinstance(self._hook, UlyssesHook):
+            return f"patch_parallel, mode sync: {ranks} ranks share the tokens by {ULYSSES}, which is exact"
         found = self.costs(height, width, batch=batch, ranks=ranks, text=text)
         patches = len(found.bytes)
         shared = "tokens" if found.ulysses is not None else "rows"
@@ -150,8 +153,8 @@ class PatchParallel:
             lines.append("each rank has a whole image, so the mode makes no difference here (guidance='patches' would)")
         if found.ulysses is not None:
             lines.append(
-                f"diffusers' context parallelism (Ulysses; exact) would receive {found.ulysses / 1e6:.1f} MB: where "
-                f"the model has it, consider pipe.{self.name}.enable_parallelism() in place of mode='sync'"
+                f"{ULYSSES} (exact) would receive {found.ulysses / 1e6:.1f} MB"
+                + (": mode='sync' uses it on accelerators" if takes(self.model) else "; it does not know this model")
             )
         if seconds is not None:
             late = LATE[self.settings.mode]
@@ -198,11 +201,14 @@ def patch_parallel(
             image = h("a lighthouse", generator=torch.Generator("cpu").manual_seed(0)).images[0]
 
     Args:
-        pipe: with a UNet2DConditionModel, UNet2DModel, SD3Transformer2DModel or FluxTransformer2DModel.
-        mode: "sync" computes what one device computes. The others let messages be one call old after `warmup` calls, so
-            that they travel while the next call is computed: "fresh_halo" keys and values only; "displaced" rows of
-            convolutions and statistics of group normalisation too (DistriFusion, arXiv:2402.19481); "partial" as
-            "displaced", and keys and values only of the neighbours' nearest tokens (PCPP, arXiv:2412.02962).
+        pipe: with a UNet2DConditionModel, UNet2DModel, SD3Transformer2DModel or FluxTransformer2DModel; with "sync" any
+            transformer that diffusers has a plan for (Qwen-Image, Wan, FLUX.2, LTX ...).
+        mode: "sync" computes what one device computes; on accelerators (and everywhere for models that only diffusers
+            knows) by diffusers' context parallelism, unless guidance="split". The others let messages be one call old
+            after `warmup` calls, so that they travel while the next call is computed: "fresh_halo" keys and values
+            only; "displaced" rows of convolutions and statistics of group normalisation too (DistriFusion,
+            arXiv:2402.19481); "partial" as "displaced", and keys and values only of the neighbours' nearest tokens
+            (PCPP, arXiv:2412.02962).
         ratio, warmup, extrapolate, gn, guidance: see `parallel.patch_settings.Settings`.
         world: None for the launcher's; `EmulatedWorld(p)` computes what p ranks would, in one process.
         timeout: seconds for which a rank waits for another.
@@ -248,6 +254,23 @@ def _denoiser(pipe: Any) -> tuple[str, torch.nn.Module]:
             f"{type(pipe).__name__} has {len(found)} denoisers ({', '.join(found)}); patch_parallel takes 1"
         )
     return next(iter(found.items()))
+
+
+def _by_diffusers(model: Any, world: World, settings: Settings) -> bool:
+    """Whether diffusers shares this model: exactly, between launched processes, where it has a plan for it.
+
+    Raises:
+        OptionError: for a model that only diffusers knows, where it cannot.
+    """
+    ours, launched = type(model).__name__ in FAMILIES, isinstance(world, DistWorld)
+    able = takes(model) and launched and settings.mode == "sync" and settings.guidance != "split"
+    if takes(model) and not ours and not able:
+        raise OptionError(
+            f"{type(model).__name__} can be shared with mode='sync' only, by {ULYSSES}, between launched processes and "
+            f"without guidance='split'; got mode={settings.mode!r}, guidance={settings.guidance!r} in a "
+            f"{type(world).__name__}"
+        )
+    return able and (not ours or world.device.type != "cpu")
 
 
 def _refuse(pipe: Any) -> None:
