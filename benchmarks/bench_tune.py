@@ -110,8 +110,8 @@ def page(report: dict[str, Any]) -> str:
         excess = r["tuned error"] / r["exhaustive error"] - 1
         lines.append(
             f"| {r['model']}, {r['calls']} | {r['candidates']} | {r['tuned']} | {r['tuned error']:.4f} | "
-            f"{r['exhaustive']} | {r['exhaustive error']:.4f} | {excess:+.1%} | {r['model calls']} of {r['exhaustive model calls']}, "
-            f"{r['share']:.1%} |"
+            f"{r['exhaustive']} | {r['exhaustive error']:.4f} | {excess:+.1%} | {r['model calls']} of "
+            f"{r['exhaustive model calls']}, {r['share']:.1%} |"
         )
     lines += [
         "",
@@ -154,8 +154,8 @@ def page(report: dict[str, Any]) -> str:
     lines += ["", "## Cost", ""]
     lines += [
         f"- {r['model']}, {r['calls']} calls: the tuning took {r['seconds']:.0f} s "
-        f"({sum(r['spent']['model calls'].values())} model calls, fit and teacher included); running all candidates on all images took {r['exhaustive seconds']:.0f} s "
-        "more than that."
+        f"({sum(r['spent']['model calls'].values())} model calls, fit and teacher included); running all "
+        f"candidates on all images took {r['exhaustive seconds']:.0f} s more than that."
         for r in report["rows"]
     ]
     return "\n".join(lines) + "\n"

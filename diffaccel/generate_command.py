@@ -34,6 +34,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     p.add_argument("--batch", type=int, default=8, metavar="B", help="images in one pass (default 8)")
     p.add_argument("--scheduler", metavar="NAME", help="a sampler, or a scheduler class (default: the checkpoint's)")
     p.add_argument("--artifact", metavar="FILE", help="calibrated data of the scheduler (diffaccel calibrate)")
+    p.add_argument("--recipe", metavar="FILE", help="of diffaccel tune: decides the scheduler and --calls")
     p.add_argument("--option", action="append", default=[], metavar="key=value", help="option of the scheduler")
     p.add_argument("--call", action="append", default=[], metavar="key=value", help="argument of the pipeline's call")
     p.add_argument("--guidance", type=float, metavar="G", help="guidance scale (default: the pipeline's)")
@@ -52,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
     """0: all images are there; 1: `--status` of an incomplete folder; 2: refused or failed; 130: stopped."""
     if args.status:
         return _status(args)
-    missing = [f"--{k}" for k in ("out", "calls") if getattr(args, k) is None]
+    needed = ("out",) if args.recipe else ("out", "calls")
+    missing = [f"--{k}" for k in needed if getattr(args, k) is None]
     missing = [*([] if args.model else ["MODEL"]), *missing]
     if missing:
         raise OptionError(f"generate needs {', '.join(missing)}; see diffaccel generate --help")
@@ -97,11 +99,15 @@ def _generate(args: argparse.Namespace, world: World) -> Report:
         print(f"generate: {empty} of {len(tasks)} images have an empty prompt", file=sys.stderr)
     if args.artifact:
         options |= {"artifact": args.artifact, "pipe": pipe}
-    pipe.scheduler = painter.scheduler_for(pipe.scheduler.config, type(pipe.scheduler), args.scheduler, options)
+    tuned = {}
+    if args.recipe:
+        tuned = {"recipe": _accelerated(pipe, args)}
+    else:
+        pipe.scheduler = painter.scheduler_for(pipe.scheduler.config, type(pipe.scheduler), args.scheduler, options)
     if args.artifact and args.guidance is not None:
         check_guidance(pipe.scheduler.artifact, args.guidance)
     call = models.CALL_DEFAULTS.get(args.model, {}) | call
-    recipe = {
+    recipe = tuned | {
         "pipeline": type(pipe).__name__,
         "weights": drive.fingerprint(pipe),
         "scheduler": {"class": type(pipe.scheduler).__name__, "config": drive.plain_config(pipe.scheduler)},
@@ -134,6 +140,26 @@ def _generate(args: argparse.Namespace, world: World) -> Report:
         progress=world.rank == 0,
         verify=args.verify,
     )
+
+
+def _accelerated(pipe: Any, args: argparse.Namespace) -> str:
+    """Apply --recipe to the pipeline, and take its number of calls; returns the recipe's checksum."""
+    from .pipelines.accelerate import accelerate
+
+    given = [f"--{name}" for name in ("scheduler", "artifact", "option") if getattr(args, name)]
+    if given:
+        raise OptionError(f"--recipe decides the scheduler and its options: leave out {', '.join(given)}")
+    made = accelerate(pipe, args.recipe).recipe
+    if "check_finite" in pipe.scheduler.config:  # a NaN is counted image by image; an error would end the whole run
+        pipe.scheduler.register_to_config(check_finite="never")
+    if args.calls not in (None, made.choice.calls):
+        raise OptionError(
+            f"{args.recipe} is a recipe for {made.choice.calls} model calls, not for --calls {args.calls}"
+        )
+    args.calls = made.choice.calls
+    if args.guidance is not None:
+        check_guidance(made.as_artifact(), args.guidance)
+    return made.sha256
 
 
 def _labels(pipe: Any, seeds: Sequence[int] | None) -> list[str]:

@@ -9,11 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import diffaccel as da
 from diffaccel import drive, models, painter
+from diffaccel.artifact import Receipt, path_identity
 from diffaccel.cli import main
 from diffaccel.errors import DiffaccelError, OptionError, RunError
+from diffaccel.identity import model_identity
 from diffaccel.parallel.generate import tasks_for, to_pixels
+from diffaccel.pipelines.recipe import Choice, Recipe
+from diffaccel.schedulers.from_config import read
 from diffaccel.testing.pipelines import build
 
 SIZE = {"height": 32, "width": 32}
@@ -253,3 +259,38 @@ def test_values_of_options():
     assert key_values(texts, "--option") == found
     with pytest.raises(DiffaccelError):
         key_values(["=1"], "--option")
+
+
+# ---------------------------------------------------------------------- recipes
+@pytest.mark.parametrize("kind", ["scheduler", "cached", "bottleneck"])
+def test_a_recipe_decides_scheduler_and_calls(kind, tmp_path, capsys):
+    """The images are those that the recipe's handle makes, and the folder knows which recipe made them."""
+    pipe, out = models.load("tiny-sd"), tmp_path / "out"
+    scheduled = {"sampler": "unipc", "sampler_options": {"order": 2}, "grid": "trailing"}
+    settings = {
+        "scheduler": scheduled,
+        "cached": {"scheduler": scheduled, "cache": da.Cache.every(2, warmup=2).to_dict()},
+        "bottleneck": {"stages": "few-8"},
+    }
+    reading = read(pipe.scheduler.config)
+    made_on = {"pipeline": type(pipe).__name__, "model": model_identity(pipe), "guidance": 4.0, "shape": [8, 16, 16]}
+    made_on["path"] = path_identity(reading.path, reading.settings["prediction_type"])
+    recipe = Recipe(Choice("tuned", kind, settings[kind], 8), made_on, Receipt({"verdict": "better", "helps": True}))
+    recipe.save(tmp_path / "recipe.json")
+    (tmp_path / "p.txt").write_text("a photo of a red coat\n", encoding="utf-8")
+    given = ["generate", "tiny-sd", "--cpu", "--recipe", str(tmp_path / "recipe.json"), "--guidance", "4"]
+    given += ["--prompts", str(tmp_path / "p.txt"), "--out", str(out), "--height", "64", "--width", "64"]
+    assert main(given) == 0, capsys.readouterr().err
+    line = json.loads((out / "images.jsonl").read_text().splitlines()[0])
+    pipe.set_progress_bar_config(disable=True)
+    with da.accelerate(pipe, recipe) as h:
+        call = {"height": 64, "width": 64, "guidance_scale": 4.0, "output_type": "np"}
+        image = h(["a photo of a red coat"], generator=[torch.Generator().manual_seed(0)], **call).images[0]
+    assert line["calls"] == 8
+    assert np.array_equal(np.asarray(Image.open(out / line["file"])), np.round(image * 255).astype(np.uint8))
+    assert recipe.sha256 in (out / "manifest.json").read_text()
+    for more, message in (
+        (["--calls", "5"], "a recipe for 8 model calls, not for --calls 5"),
+        (["--scheduler", "deis"], "leave out --scheduler"),
+    ):
+        assert main([*given, *more]) == 2 and message in capsys.readouterr().err

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from ..parallel.protocol import World
 
 EPILOG = """\
-The recipe is applied with `with diffaccel.accelerate(pipe, "recipe.json") as h: h(prompt)`. Any other option of
-diffaccel.tune is passed with --set name=value. Stopped: the same command goes on from OUT.partial."""
+The recipe is applied by `with diffaccel.accelerate(pipe, "recipe.json") as h: h(prompt)`, or by `diffaccel generate
+MODEL --recipe recipe.json ...`. Any other option of diffaccel.tune is passed with --set name=value. Stopped: the same
+command goes on from OUT.partial."""
 PASSED = ("images", "holdout", "teacher_steps", "guidance")
 
 
