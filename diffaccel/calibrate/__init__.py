@@ -25,6 +25,8 @@ _NAMES = {
     "fit": "fit",
     "fit_function": "fit",
     "extend": "fit",
+    "ays": "ays",
+    "ays_function": "ays",
     "align": "align",
     "align_function": "align",
     "search": "search",

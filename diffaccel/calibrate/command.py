@@ -18,6 +18,7 @@ KINDS = {
     "ems": "DPM-Solver-v3: empirical model statistics",
     "fit": "a table fitted to the checkpoint's own many-step trajectories, for each number of calls",
     "search": "order, space, corrector and node of each call, searched for each number of calls",
+    "ays": "Align Your Steps: a grid for stochastic samplers, for each number of calls",
     "align": "what the model is fed as t at each call, for each number of calls",
     "gauss": "mean and axes of the latents, for Gaussian teleportation",
     "epsilon": "the constant of epsilon scaling",

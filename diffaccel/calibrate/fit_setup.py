@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -140,6 +140,17 @@ def _measure(runner: Piped, tried: list[Any]) -> Callable[..., list[Errors]]:
 
 
 # ---------------------------------------------------------------------- the end
+class Made(Protocol):
+    """What was found for one budget."""
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """For the receipt."""
+
+    def tensors(self, calls: int) -> dict[str, np.ndarray]:
+        """For the artifact."""
+
+
 def teacher_of(made: Fitting, tables: Mapping[int, Fitted]) -> dict[str, Any]:
     """What the receipt says of the teacher, with a warning where it is not converged."""
     gap = made.gap()
@@ -156,12 +167,13 @@ def teacher_of(made: Fitting, tables: Mapping[int, Fitted]) -> dict[str, Any]:
 def artifact_of(
     kind: str,
     options: Mapping[str, Any],
-    tables: Mapping[int, Fitted],
+    tables: Mapping[int, Made],
     common: Mapping[str, Any],
     meta: Mapping[str, Any],
     out: str | os.PathLike[str] | None = None,
+    sampler: str | None = "fitted",
 ) -> Artifact:
-    """The artifact of tables, run by the sampler "fitted"; what its receipt warns of is also a warning."""
+    """The artifact of tables, run by `sampler`; what its receipt warns of is also a warning."""
     receipt: dict[str, Any] = {f"{n} calls": table.report for n, table in tables.items()} | dict(common)
     if "cost" in meta:
         receipt["cost"] = meta["cost"]
@@ -172,5 +184,6 @@ def artifact_of(
     tensors: dict[str, np.ndarray] = {}
     for n, table in tables.items():
         tensors |= table.tensors(n)
-    fixed = {"calls": sorted(tables), "options": dict(options), "scheduler": {"sampler": "fitted"}, "receipt": receipt}
+    fixed: dict[str, Any] = {"calls": sorted(tables), "options": dict(options), "receipt": receipt}
+    fixed |= {} if sampler is None else {"scheduler": {"sampler": sampler}}
     return Artifact(kind, tensors, fixed | dict(meta), "" if out is None else FilePath(out).name)

@@ -125,6 +125,15 @@ def gits(gram: Gram, nodes: Sequence[Node], calls: int, weight: float = GITS) ->
             f = [i, gram.d(i)]
             left = g[ends[j], ends[j]] - 2 * w @ g[f, ends[j]] + w @ g[np.ix_(f, f)] @ w
             c[i, j] = np.sqrt(max(left, 0.0))
+    return chain(c, calls, weight)
+
+
+def chain(c: np.ndarray, calls: int, weight: float = 1.0) -> list[int]:
+    """The `calls` places, from 0, whose steps cost least; what follows a step counts `weight` times.
+
+    Args:
+        c: (K, K + 1), `c[i, j]` of a step from place i to place j, inf unless i < j; place K is the end.
+    """
     value, back = c[:, -1], []
     for _ in range(calls - 1):
         total = c[:, :-1] + weight * value[None, :]

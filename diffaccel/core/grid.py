@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -370,3 +370,18 @@ def _ays(path: Path, n: int, *, model: str = "sd15") -> list[Node]:
     levels = np.exp(np.interp(_ramp(n), np.linspace(0, 1, len(table)), table))
     first = finite_first(path)
     return [first if level > first.level else path.at_level(float(level)) for level in levels]
+
+
+@grid("listed", closed=False)
+def _listed(path: Path, n: int, *, times: Mapping[str, Sequence[float]] | Sequence[float] | None = None) -> list[Node]:
+    """The user's own `times`, as the model is fed (no shift is applied): a list, or one for each number of calls.
+
+    `calibrate.ays` finds such grids; `TableScheduler.from_config(..., grid="ays.safetensors")` reads them.
+    """
+    held = {str(len(times)): times} if isinstance(times, Sequence) else times
+    if not held:
+        raise OptionError("grid 'listed' needs times: one number a call, or {number of calls: such a list}")
+    if str(n) not in held:
+        known = ", ".join(sorted(map(str, held), key=int))
+        raise OptionError(f"grid 'listed' holds times for {known} calls, not {n}; ask for one of these, or find more")
+    return [path.at(float(t)) for t in held[str(n)]]

@@ -16,6 +16,8 @@ from ..errors import ArtifactError, ArtifactWarning, OptionError
 from ..samplers.registry import Calibrated, Sampler
 from .settings import path_of
 
+GRID_KIND = "ays"  # of artifacts that hold a grid for any sampler
+
 # A config names its artifact by file and checksum; within a process that is enough to find it again.
 _SEEN: WeakValueDictionary[str, Artifact] = WeakValueDictionary()
 
@@ -91,6 +93,22 @@ def advised(given: Mapping[str, Any], sampler: str | None) -> dict[str, Any]:
     final = {k: advice[k] for k in ("sampler", "final_sigmas_type") if advice.get(k) is not None}
     options = {**(advice.get("options") or {}), **(given.get("sampler_options") or {})}
     return {**grid, **final, **given, "sampler_options": options, "artifact": found}
+
+
+def placed_by(given: Mapping[str, Any]) -> tuple[dict[str, Any], Artifact | None]:
+    """A user's arguments of `from_config` with an artifact given as `grid=` turned into its nodes, and that artifact.
+
+    Raises:
+        OptionError: options beside it.
+    """
+    value = given.get("grid")
+    if not isinstance(value, (Artifact, os.PathLike)) and not str(value).endswith(".safetensors"):
+        return dict(given), None
+    if given.get("grid_options"):
+        raise OptionError("grid_options= has no effect on the grid of an artifact")
+    found = resolve(value, GRID_KIND)
+    times = {str(n): found.tensors[f"n{n}.node"][:, 0].tolist() for n in found.meta["calls"]}
+    return {**given, "grid": "listed", "grid_options": {"times": times}}, found
 
 
 def entry_of(artifact: Artifact) -> dict[str, str]:

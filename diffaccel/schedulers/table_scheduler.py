@@ -14,7 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_c
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
-from ..artifact import Artifact
+from ..artifact import Artifact, check_path
 from ..core.current import Announcing
 from ..core.table import Table
 from ..errors import OptionError, RunError, one_of
@@ -22,7 +22,7 @@ from ..identity import check_model
 from ..samplers.begin import begin_at
 from ..samplers.registry import Sampler
 from ..samplers.rewrite import REWRITERS, rewritten
-from .artifacts import beside, calibrated_options, check_sample, entry_of
+from .artifacts import beside, calibrated_options, check_sample, entry_of, placed_by
 from .compat import COMPATIBLES, NEAREST, merged
 from .feed import is_fed
 from .from_config import BETA_KEYS, check, output_of, path_of
@@ -73,7 +73,8 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         policy: policies (`da.time_shift(...)`), one or a list.
         artifact: for calibrated samplers: the file that `diffaccel calibrate ...` wrote, or an `Artifact`. The config
             holds its name and checksum, `save_pretrained` puts the file beside the config.
-        grid: a grid (`core.grid.GRIDS`), or None for the one that the path's origin uses.
+        grid: a grid (`core.grid.GRIDS`), or None for the one that the path's origin uses; for `from_config` also the
+            artifact of `diffaccel calibrate ays`, or its file: the config then holds its nodes.
         grid_options: its options.
         final_sigmas_type: "zero" or "sigma_min": where the run ends.
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x0 (pixel models).
@@ -183,7 +184,7 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         pipe, strict = kwargs.pop("pipe", None), kwargs.pop("strict", None)
         if not isinstance(config, Mapping):
             raise OptionError(f"from_config needs a config (pipe.scheduler.config), got {type(config).__name__}")
-        kwargs = with_part(cls, config, kwargs, set(cls._get_init_keys(cls)))
+        kwargs, grid = placed_by(with_part(cls, config, kwargs, set(cls._get_init_keys(cls))))
         settings, foreign = merged(cls, config, kwargs)
         made = cls(**settings)
         made.register_to_config(**foreign)
@@ -192,9 +193,12 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         if {"grid", "grid_options"} & set(kwargs):
             sampler, options = made._sampler()
             refuse_nodes(sampler, options, "grid")
-        if pipe is not None and made.artifact is not None:
-            check_model(made.artifact, pipe, strict=strict is not False)
-        elif pipe is not None or strict is not None:
+        if grid is not None:
+            check_path(grid, path_of(made.config), made.config.prediction_type)
+        belonging = [found for found in (made.artifact, grid) if found is not None]
+        for found in belonging if pipe is not None else ():
+            check_model(found, pipe, strict=strict is not False)
+        if (strict is not None and pipe is None) or (pipe is not None and not belonging):
             raise OptionError("pipe= and strict= are for checking an artifact: pass artifact= and pipe= beside them")
         return (made, {}) if return_unused_kwargs else made
 
