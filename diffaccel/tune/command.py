@@ -28,7 +28,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     p.add_argument("--images", type=int, metavar="S", help="images by which candidates are compared (default 48)")
     p.add_argument("--holdout", type=int, metavar="H", help="further images, which only judge (default 48)")
     p.add_argument("--teacher-steps", type=int, metavar="K", help="steps of the teacher (default 100)")
-    p.add_argument("--with", nargs="+", default=[], dest="more", metavar="SOURCE", help="further candidates, at equal work: staged, cache")
+    p.add_argument(
+        "--with",
+        nargs="+",
+        default=[],
+        dest="more",
+        metavar="SOURCE",
+        help="further candidates, at equal work: staged, cache",
+    )
     p.add_argument("--table", action="append", default=[], metavar="FILE", help="an artifact that competes, too")
     p.add_argument("--no-fit", action="store_true", help="fit no table")
     p.add_argument("--set", action="append", default=[], metavar="name=value", help="option of diffaccel.tune")

@@ -9,10 +9,12 @@ from ..artifact import Artifact
 from ..core.pattern import parse
 from ..errors import OptionError
 from ..pipelines.recipe import Choice
+from ..samplers.registry import get
 from ..schedulers.from_config import Reading, grid_of
 from .candidates import Asked, source
 
 Options = Mapping[str, Any]
+GRID_KIND = "ays"  # of artifacts that hold nodes for any sampler
 
 # ---------------------------------------------------------------------- samplers x grids
 SAMPLERS: tuple[tuple[str, Options], ...] = (
@@ -83,17 +85,18 @@ def scheduler(
     *,
     final: str = "zero",
     rewrite: Mapping[str, Any] | None = None,
+    name: str | None = None,
 ) -> Choice:
-    """A `TableScheduler` as a candidate; everything that decides its nodes is stated."""
+    """A `TableScheduler` as a candidate; everything that decides its nodes is stated. name: None makes one."""
     shown = [*_shown(options), " ".join([grid[0], *_shown(grid[1])]), *([] if final == "zero" else [final])]
     settings: dict[str, Any] = {"sampler": sampler, "sampler_options": dict(options) or None}
     settings |= {"grid": grid[0], "grid_options": dict(grid[1]) or None, "final_sigmas_type": final}
-    name = f"{sampler}({', '.join(shown)})"
+    made = f"{sampler}({', '.join(shown)})"
     if rewrite is not None:
         settings["rewrite"] = [dict(rewrite)]
         more = {k: v for k, v in rewrite.items() if k != "name"}
-        name += f" + {rewrite['name']}({', '.join(_shown(more))})"
-    return Choice(name, "scheduler", settings, calls)
+        made += f" + {rewrite['name']}({', '.join(_shown(more))})"
+    return Choice(name or made, "scheduler", settings, calls)
 
 
 def _shown(options: Options) -> list[str]:
@@ -139,28 +142,38 @@ def _rewriters(asked: Asked) -> list[Choice]:
 # ---------------------------------------------------------------------- calibrated tables
 @source("fitted")
 def _fitted(asked: Asked) -> list[Choice]:
-    """Artifacts: their sampler, with the settings that they were calibrated for."""
+    """Artifacts: their sampler with the settings that they were calibrated for, or their grid with every sampler."""
     found = []
     for held in asked.tables:
         if asked.calls not in held.meta.get("calls", [asked.calls]):
             asked.left_out[held.file] = f"holds {held.meta['calls']} calls, not {asked.calls}"
             continue
         advice = held.meta.get("scheduler") or {}
-        if "sampler" not in advice:
+        if "sampler" in advice:
+            settings = {"sampler": advice["sampler"], "sampler_options": advice.get("options")}
+            placed = ("grid", "grid_options", "final_sigmas_type")
+            settings |= {k: advice[k] for k in placed if advice.get(k) is not None}
+            name = f"{advice['sampler']}({held.file})"
+            found.append(Choice(name, "scheduler", settings, asked.calls, artifact=embedded(held, asked.calls)))
+        elif held.kind == GRID_KIND:
+            times = held.tensors[f"n{asked.calls}.node"][:, 0].tolist()
+            grid = ("listed", {"times": {str(asked.calls): times}})
+            found += [
+                scheduler(asked.calls, s, o, grid, name=f"{s}({', '.join([*_shown(o), held.file])})")
+                for s, o in SAMPLERS
+                if get(s).intervals is None  # those that make one call a node
+            ]
+        else:
             raise OptionError(f"tables: {held.file} is of kind {held.kind!r}, which is no table of a scheduler")
-        settings = {"sampler": advice["sampler"], "sampler_options": advice.get("options")}
-        settings |= {k: advice[k] for k in ("grid", "grid_options", "final_sigmas_type") if advice.get(k) is not None}
-        name = f"{advice['sampler']}({held.file})"
-        found.append(Choice(name, "scheduler", settings, asked.calls, artifact=embedded(held, asked.calls)))
     return found
 
 
 def embedded(held: Artifact, calls: int) -> Artifact:
-    """What a recipe holds of an artifact: of fitted tables those of its budget; no seconds, no model (the recipe's)."""
+    """What a recipe holds of an artifact: of tables those of its budget; no seconds, no model (the recipe's)."""
     tensors, meta = dict(held.tensors), {k: v for k, v in held.meta.items() if k not in ("model", "cost")}
-    if held.kind == "fit":
-        tensors = {k: v for k, v in tensors.items() if k.startswith(f"n{calls}.")}
+    meta["receipt"] = {k: v for k, v in held.receipt.items() if k not in ("seconds", "cost")}
+    mine = {k: v for k, v in tensors.items() if k.startswith(f"n{calls}.")}
+    if mine:
+        tensors = mine
         meta |= {"calls": [calls], "receipt": {k: v for k, v in held.receipt.items() if k == f"{calls} calls"}}
-    else:
-        meta["receipt"] = {k: v for k, v in held.receipt.items() if k not in ("seconds", "cost")}
     return Artifact(held.kind, tensors, meta, held.file)

@@ -28,7 +28,7 @@ pytestmark = [  # diffusers' own, and what a fit on so few images says
     pytest.mark.filterwarnings("ignore:fit, :diffaccel.errors.ArtifactWarning"),
 ]
 IMAGES, CALLS = 32, 6
-QUICK = {"images": 8, "holdout": 8, "teacher_steps": 40, "fit": False, "batch": 8, "progress": False}
+QUICK = {"images": 8, "holdout": 8, "teacher_steps": 40, "fit": False, "batch": 8, "progress": False, "stock": False}
 
 
 @source("test few")
@@ -168,7 +168,7 @@ def test_a_stopped_tuning_keeps_its_fitted_table(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------- what it says
 def test_the_cost_is_printed_before_the_run_and_is_not_exceeded(capsys):
-    recipe = tuned(progress=True, fit={"moves": 2, "samples": 8}, sources=("test few", "fitted"))
+    recipe = tuned(progress=True, stock=True, fit={"moves": 2, "samples": 8}, sources=("test few", "fitted"))
     printed = capsys.readouterr().out
     assert "tune: 9 candidates and a fitted table" in printed and "minutes more, by the first batch" in printed
     most = int(printed.split("at most ")[1].split()[0])
@@ -177,7 +177,7 @@ def test_the_cost_is_printed_before_the_run_and_is_not_exceeded(capsys):
 
 
 def test_the_receipt_holds_the_plain_run_and_the_best_stock_scheduler():
-    recipe = tuned(calls=6, images=16, holdout=16, sources=("test few",))
+    recipe = tuned(calls=6, images=16, holdout=16, stock=True)
     receipt = recipe.receipt
     assert receipt["held-out images"] == 16 and receipt["plain run"]["name"] == "the pipeline's DDIMScheduler"
     assert receipt["best stock scheduler"]["tried"] > 60
@@ -271,6 +271,22 @@ def test_tables_compete_and_must_be_of_this_checkpoint(tmp_path):
     assert other.receipt["left out"]["fit.safetensors"] == "holds [4] calls, not 5"
     with pytest.raises(OptionError, match=r"fitted offer no candidate \(fit.safetensors: holds"):
         tuned(pipe, calls=5, sources=("fitted",), tables=[tmp_path / "fit.safetensors"])
+
+
+def test_a_searched_table_and_a_calibrated_grid_compete(tmp_path):
+    pipe, small = mixture_pipe(), {"samples": 8, "teacher_steps": 40, "progress": False}
+    table = calibrate.search(pipe, ["0"], 4, holdout=8, **small)
+    grid = calibrate.ays(pipe, ["0"], 4, **small)
+    table.save(tmp_path / "search.safetensors")
+    held = Artifact.load(tmp_path / "search.safetensors")
+    recipe = tuned(pipe, sources=("fitted",), tables=[tmp_path / "search.safetensors", grid])
+    assert recipe.receipt["search"]["candidates"] == 15 and "left out" not in recipe.receipt
+    chosen = gather(["fitted"], Asked(pipe, Bench(Engine(pipe, ["0"], progress=False), 40).reading, 4, [held, grid]))
+    for choice in (chosen[0], chosen[1]):
+        with applied(pipe, choice):
+            pipe.scheduler.set_timesteps(4)
+            node = (held if choice.artifact else grid).tensors["n4.node"]
+            np.testing.assert_allclose(pipe.scheduler.timesteps.numpy(), node[:, 0], rtol=1e-6)
 
 
 # ---------------------------------------------------------------------- refusals
