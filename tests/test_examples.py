@@ -45,6 +45,14 @@ def test_extrapolate(tmp_path):
     assert "8 nodes, 7 model calls" in done.stdout and "7 model calls on 8 nodes" in done.stdout
 
 
+def test_quant_cache(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "quant_cache.py"), "--steps", "9", "--interval", "2"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "x.png")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.png").stat().st_size > 200
+    assert "FFFF.F.FF (7 full)" in done.stdout and "plain, 7 calls:" in done.stdout
+
+
 @pytest.mark.parametrize("model", ["tiny-sd", "tiny-flow"])
 def test_restart(model, tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "restart.py"), "--model", model, "--calls", "10"]
