@@ -44,13 +44,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """0: the recipe is written; 2: refused or failed; 130: stopped."""
+    from ..artifact import Receipt
     from ..ranked import run_ranked
 
     def job(world: World) -> int:
         if world.size > 1:
             raise OptionError(f"tune runs in one process, not in {world.size}")
         made = _tune(args, world)
-        print(f"wrote {args.out}: {made.choice.name}\n{made.receipt}\nspent: {made.spent}")
+        print(f"wrote {args.out}: {made.choice.name}\n{made.receipt}\n{Receipt(made.spent)}")
         return 0
 
     return run_ranked(job, cpu=args.cpu, threads=args.threads)

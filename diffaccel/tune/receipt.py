@@ -72,6 +72,8 @@ def receipt_of(
         name, best = min(stock, key=lambda item: score(item[1]))
         receipt["best stock scheduler"] = summary(name, best) | against(errors, best) | {"tried": rivals}
         beaten[f"the best stock scheduler ({name})"] = _beats(receipt["best stock scheduler"])
+    else:
+        receipt["best stock scheduler"] = "not measured"
     receipt["helps"] = bool(beaten) and all(beaten.values()) and bool(np.isfinite(errors).all())
     receipt["verdict"] = _verdict(beaten, bool(np.isfinite(errors).all()))
     images = found.plan[-1].images

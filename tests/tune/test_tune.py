@@ -193,6 +193,7 @@ def test_the_receipt_holds_the_plain_run_and_the_best_stock_scheduler():
 def test_no_benefit_is_said_and_warned_about():
     pipe = mixture_pipe()
     recipe = tuned(pipe, sources=("test poor",))
+    assert recipe.receipt["best stock scheduler"] == "not measured"
     assert recipe.receipt["verdict"].startswith("no benefit found against") and recipe.receipt["helps"] is False
     with pytest.warns(ArtifactWarning, match="no benefit found against"):
         da.accelerate(pipe, recipe).remove()
