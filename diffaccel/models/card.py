@@ -28,7 +28,7 @@ tried and tested without a download. They are small instruments, not image gener
 |---|---|---|
 | `tiny-sd` | `StableDiffusionPipeline`: VP, epsilon, classifier-free guidance | code for Stable Diffusion |
 | `tiny-flow` | `StableDiffusion3Pipeline`: flow matching, classifier-free guidance | code for flow models |
-| `tiny-pixel` | `ClassConditionalPipeline` (`diffaccel.models.pixel`): VP, epsilon, pixels, no guidance | solvers |
+| `tiny-pixel` | `ClassConditionalPipeline` (`diffaccel.models.pixel`): VP, v, pixels, no guidance | solvers |
 | `tiny-clip` | `CLIPModel` and `CLIPProcessor` | CLIP score; its text half conditions both pipelines |
 | `tiny-fashion` | a small CNN, 128 features; reference statistics for 32 and 64 pixels | FID on this data only |
 

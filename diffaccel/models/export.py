@@ -134,8 +134,7 @@ def vp_scheduler(**kw):
         set_alpha_to_one=False,
         steps_offset=1,
         timestep_spacing="trailing",
-        prediction_type="epsilon",
-        **kw,
+        **{"prediction_type": "epsilon", **kw},
     )
 
 
@@ -175,9 +174,8 @@ def flow_pipeline(transformer, out: Path):
 def pixel_pipeline(unet):
     from .pixel import ClassConditionalPipeline
 
-    # not "linear": at its last step x0 = (x - sigma eps) / alpha multiplies every error of eps by 158, here by 15
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    return ClassConditionalPipeline(unet, vp_scheduler(**betas))
+    return ClassConditionalPipeline(unet, vp_scheduler(**betas, prediction_type="v_prediction"))
 
 
 def _save(pipeline, path: Path) -> None:
