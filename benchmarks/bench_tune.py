@@ -98,8 +98,8 @@ def page(report: dict[str, Any]) -> str:
         f"Measured by `python benchmarks/bench_tune.py {report['command']}` with diffusers {report['diffusers']}, "
         f"torch {report['torch']}, at guidance {report['guidance']:g}. {report['images']} images choose, "
         f"{report['holdout']} others judge. Error: relative distance of an image's last latents to those of a teacher "
-        f"of {report['teacher_steps']} steps from the same noise; geometric mean over images. An evaluation is a model "
-        "call (a guidance pair counts once); the teacher and the fit, which both kinds of search need, are not counted.",
+        f"of {report['teacher_steps']} steps from the same noise; geometric mean over images. An evaluation is a "
+        "model call (a guidance pair counts once); teacher and fit, which both kinds of search need, are not counted.",
         "",
         "## Successive halving against exhaustive search",
         "",
