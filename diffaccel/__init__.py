@@ -46,7 +46,8 @@ _NAMES = {
     "rewriter": "samplers.rewrite",
     "sampler": "samplers.registry",
 }
-_SUBPACKAGES = ("samplers", "tune")  # callable: `diffaccel.samplers()` lists them, `diffaccel.tune(...)` searches
+# two are callable: `diffaccel.samplers()` lists them, `diffaccel.tune(...)` searches
+_SUBPACKAGES = ("calibrate", "eval", "models", "samplers", "schedulers", "tune")
 _SCHEDULERS = (
     "CPSScheduler",
     "DCSolverScheduler",
