@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import golden_data
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from staged_field import Field, run_field, unit_noise, unit_start
 
 from diffaccel.core.stages import Spectrum, Stage, level, missing, ratio, shifted_times, switch_time
@@ -100,12 +102,22 @@ def test_packing(path):
 
 
 # ---------------------------------------------------------------------- whole runs on the exact Gaussian field
-def staged(stages, solver, settings, **options):
+def staged(stages, base, settings, **options):
     h, w, a, beta = settings["field"]
-    base = TableScheduler(path="flow", sampler=solver, check_finite="never")
     made = [Stage(s, n, t_end=t or None, shift=shift).to_config() for s, n, t, shift in stages]
     spectrum = {"a": a, "beta": beta, "height": int(h), "width": int(w)}
     return StagedScheduler(base_config=dict(base.config), stages=made, spectrum=spectrum, **options)
+
+
+def own(solver):
+    return TableScheduler(path="flow", sampler=solver, check_finite="never")
+
+
+def of_diffusers():
+    """What `bottleneck` makes of a pipeline's DPMSolverMultistepScheduler."""
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_order": 2}
+    theirs = DPMSolverMultistepScheduler(**flow, final_sigmas_type="zero", lower_order_final=True)
+    return TableScheduler.from_config(theirs.config, check_finite="never")
 
 
 def settings_of(path):
@@ -120,13 +132,14 @@ def variance_cases():
                     yield pytest.param(path, key, id=key.removesuffix("__var"))
 
 
+@pytest.mark.parametrize("base", [partial(own, "dpmpp"), of_diffusers], ids=["own", "diffusers"])
 @pytest.mark.parametrize(("path", "key"), list(variance_cases()))
-def test_variance_of_every_mode(path, key, monkeypatch):
+def test_variance_of_every_mode(path, key, base, monkeypatch):
     """Start noise in image 0; the draw of transition k in image k, as the unit matrix of independent noises."""
     _, name, fill, history, _ = key.split("__")
     data, settings = golden_data.load(path), settings_of(path)
     stages = settings["stages"][name]
-    scheduler = staged(stages, "dpmpp", settings, fill=fill, history=history)
+    scheduler = staged(stages, base(), settings, fill=fill, history=history)
     unit_noise(monkeypatch)
     gains = run_field(scheduler, Field(data["P"]), unit_start(len(stages), data["P"].shape))
     np.testing.assert_allclose((gains**2).sum(0), data[key], rtol=EXACT, atol=EXACT)
@@ -147,7 +160,7 @@ def test_low_first_from_the_seed(path, key):
     data, settings = golden_data.load(path), settings_of(path)
     stages, gain = settings["stages"][name], data[key]
     noise = torch.randn(3, 1, *gain.shape, dtype=torch.float64)
-    scheduler = staged(stages, "dpmpp", settings, history=history)
+    scheduler = staged(stages, own("dpmpp"), settings, history=history)
     field = Field(Spectrum.of(scheduler.spectrum).power(gain.shape))
     out = run_field(scheduler, field, noise)
     np.testing.assert_allclose(out, gain * dct(noise)[:, 0].numpy(), rtol=0, atol=EXACT)
