@@ -46,6 +46,7 @@ def cache(
     level: str | None = None,
     quant: Quant | str | None = None,
     compensation: str = "std",
+    thresholds: Sequence[float] = (0.05, 0.1, 0.15, 0.2, 0.3),
     images: int = 8,
     select: int = 8,
     fit: int = 16,
@@ -76,6 +77,7 @@ def cache(
         level: of the caches, as in `Cache`.
         quant: quantisation of the accelerated runs, as in `quant_cache`; the full runs stay in float.
         compensation: "std", "ls", "tac" (see `denoiser.compensate`) or "none".
+        thresholds: of `Cache.first_block`, for which the receipt tells error and full steps.
         images, select, fit, held_out: to measure errors on, to choose masks on, to fit the compensation on (in one
             pass, whatever `batch` is) and to judge on.
         window: largest distance of full steps of a learned mask (larger where few full steps ask for it).
@@ -97,7 +99,7 @@ def cache(
     settings = {
         "kind": KIND, "steps": steps, "full": budgets, "cache": [c.to_dict() for c in fixed], "forecast": forecast,
         "level": level, "quant": None if quant is None else vars(quant), "compensation": compensation,
-        "images": [images, select, fit, held_out], "window": window, "model": identity,
+        "thresholds": list(thresholds), "images": [images, select, fit, held_out], "window": window, "model": identity,
     }  # fmt: skip
     engine = Engine(pipe, prompts, guidance=guidance, call=call, batch=batch, seed=seed, out=out, settings=settings,
                     progress=progress)  # fmt: skip
@@ -113,6 +115,7 @@ def cache(
             work.slow = work.full_seconds()
             found = [work.learned(m, measure, window) for m in budgets]
             found += [work.fixed(replace(c, level=shared.level)) for c in fixed]
+            told = work.runs.thresholds(work.select, thresholds) if thresholds else {}
             key = work.key(done)
         finally:
             if done is not None:
@@ -138,6 +141,7 @@ def cache(
             "result": f"{helped} of {len(runs)} runs beat plain runs of equal cost" if helped else "no benefit found",
             **({} if done is None else {"quantisation": str(done)}),
             **{r["name"]: r["receipt"] for r in runs},
+            **({"first_block": told} if told else {}),
             "model calls": cost["calls"],
             "seconds": cost["seconds"],
         },

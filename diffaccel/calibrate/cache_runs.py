@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,8 @@ from .validate import ends, errors
 from .watched import watched
 
 FEW = 4  # shortest paths that are tried on real runs
+SMALLEST = 1e-6  # a threshold of first_block at which everything is full
+CLIFF = 2.0  # an error that grows by more than this from one threshold to the next is pointed out
 
 
 @dataclass
@@ -102,6 +105,33 @@ class Runs:
             return fit.done()
         except ArtifactError as error:
             return str(error)
+
+    # ------------------------------------------------------------------ thresholds
+    def thresholds(self, images: Images, values: Sequence[float]) -> dict[str, Any]:
+        """What `first_block` does at each threshold: error, full steps, and where a small change costs much."""
+        told: dict[str, Any] = {}
+        before = math.inf
+        for t in (SMALLEST, *sorted(values)):
+            cache = replace(Cache.first_block(t), forecast=self.settings.forecast, level=self.settings.level)
+            e, known = self._threshold(images, cache, f"first_block {t:g}")
+            if t == SMALLEST:  # every step is full, so that each d is seen
+                told["quartiles of d"] = " ".join(f"{q:.3g}" for q in known["quantiles"])
+                told["nothing is reused below"] = known["quantiles"][0]
+                continue
+            error = float(e.mean())
+            cliff = f", CLIFF: error x {error / before:.1f}" if error > CLIFF * before else ""
+            told[f"{t:g}"] = f"error {error:.4f}, {known['full']:.1f} of {self.steps} steps full{cliff}"
+            before = error if error > 0 else math.inf
+        return told
+
+    def _threshold(self, images: Images, cache: Cache, name: str) -> tuple[np.ndarray, dict[str, Any]]:
+        with cached(self.engine.pipe, cache) as attached:
+            z = ends(self.engine, name, images.batches, self.schedulers(None), self.steps)
+            if name not in self.engine.kept.notes:
+                report = attached.report()  # of the last batch
+                counts = [n for branch in report.full.values() for n in branch]
+                self.engine.kept.notes[name] = {"quantiles": report.quantiles, "full": sum(counts) / len(counts)}
+        return errors(z, images.ends), self.engine.kept.notes[name]
 
     # ------------------------------------------------------------------ masks
     def learn(self, images: Images, measured: Measurement, budget: int, window: int) -> tuple[Mask, dict[str, Any]]:

@@ -14,7 +14,7 @@ import diffaccel as da
 from diffaccel import calibrate, models
 from diffaccel.artifact import Artifact
 from diffaccel.calibrate.cache_measure import Measure, Measurement, sources
-from diffaccel.calibrate.cache_runs import Runs
+from diffaccel.calibrate.cache_runs import Images, Runs
 from diffaccel.calibrate.engine import Engine
 from diffaccel.calibrate.schedule import every, intervals, letters
 from diffaccel.calibrate.validate import errors
@@ -26,7 +26,7 @@ from diffaccel.denoiser.quant import Quant
 from diffaccel.errors import ArtifactError, OptionError
 
 STEPS, FULL = 10, 4
-FEW = {"images": 2, "select": 4, "fit": 8, "held_out": 8, "progress": False, "guidance": 1.0}
+FEW = {"images": 2, "select": 4, "fit": 8, "held_out": 8, "thresholds": (0.1, 0.3), "progress": False, "guidance": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +139,43 @@ def test_the_receipt_compares_with_plain_runs(made):
     assert ("no benefit found" in made.receipt["result"]) == (not any(r["benefit"] for r in made.meta["runs"]))
 
 
+def test_the_receipt_tells_what_thresholds_do(pipe, made):
+    told = made.receipt["first_block"]
+    quartiles = [float(q) for q in told["quartiles of d"].split()]
+    assert quartiles == sorted(quartiles) and told["nothing is reused below"] == pytest.approx(quartiles[0], rel=0.01)
+    low, high = told["nothing is reused below"] * 0.99, told["nothing is reused below"] * 1.01
+    runs = runs_of(pipe, Cache("mask", forecast=1, level="deep"))
+    batches = runs.engine.batches(FEW["images"], FEW["select"])
+    full = runs.plain("full", batches, STEPS)
+    images = Images(batches, full)
+    found = runs.thresholds(images, (low, high))
+    assert found[f"{low:g}"].startswith(f"error 0.0000, {STEPS}.0 of") and "CLIFF" not in found[f"{low:g}"]
+    assert f"{STEPS}.0 of" not in found[f"{high:g}"]
+
+
+def test_a_stopped_calibration_goes_on_to_the_same_artifact(pipe, made, tmp_path, monkeypatch):
+    file, own, tries = tmp_path / "cache.safetensors", Runs.compensate, []
+
+    def stop(self, *args):
+        tries.append(args)
+        if len(tries) == 2:
+            raise KeyboardInterrupt
+        return own(self, *args)
+
+    monkeypatch.setattr(Runs, "compensate", stop)
+    settings = {"calls": STEPS, "full": FULL, "out": file, **FEW}
+    with pytest.raises(KeyboardInterrupt):
+        calibrate.cache(pipe, models.prompts(32), **settings)
+    assert not file.exists() and (tmp_path / "cache.safetensors.partial").exists()
+    before = len(tries)
+    again = calibrate.cache(pipe, models.prompts(32), **settings)
+    assert len(tries) == before + 2 and not (tmp_path / "cache.safetensors.partial").exists()
+    assert again.meta["mask"] == made.meta["mask"] and again.meta["key"] == made.meta["key"]
+    assert again.tensors.keys() == made.tensors.keys()
+    for name, values in made.tensors.items():
+        np.testing.assert_array_equal(again.tensors[name], values)
+
+
 # ---------------------------------------------------------------------- what it serves
 def run(pipe, cache, made, steps=STEPS, guidance=1.0, **call):
     generator = [torch.Generator().manual_seed(s) for s in (900, 901)]
@@ -224,7 +261,7 @@ def test_with_quantisation_the_pipeline_comes_back_in_float(tmp_path):
     assert made.meta["quant"]["mode"] == "w8a8" and "mask" not in made.meta
     assert made.meta["key"]["quantisation"]["layers"] == made.meta["quant"]["layers"]
     assert all(p is weights[name] and torch.equal(p, before[name]) for name, p in pipe.transformer.named_parameters())
-    with pytest.raises(ArtifactError, match="no skip mask"):
+    with pytest.raises(ArtifactError, match="no learned mask"):
         Cache.learned(made)
 
 
