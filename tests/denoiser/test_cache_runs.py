@@ -9,6 +9,7 @@ import threading
 import hooked_runs as runs
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import ModelHook as AccelerateHook
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers import DDIMScheduler, FirstBlockCacheConfig, HeunDiscreteScheduler
@@ -240,6 +241,17 @@ def test_a_run_that_begins_later_begins_full():
     assert handle.report().decisions["0"] == ["FFFF..F..F.F"] * 2
 
 
+def test_two_experts_have_caches_of_their_own():
+    pipe = runs.two_experts()
+    with cached(pipe, Cache.every(3)) as handle:
+        runs.run(pipe, "wan", steps=20)
+        found = handle.report().decisions
+    first, second = found["transformer cond"][0], found["transformer_2 cond"][0]
+    assert len(first) + len(second) == 20 and len(second) > 5
+    assert first.startswith("FFFF..F") and second.startswith("FFFF..F") and second.endswith("F")
+    assert clean(pipe.transformer) and clean(pipe.transformer_2)
+
+
 def test_few_steps_are_warned_about():
     pipe = runs.made("flux")
     with cached(pipe, Cache.every(2)), pytest.warns(UserWarning, match="6 steps: a cache gains little"):
@@ -292,6 +304,18 @@ def test_offloading_hooks_of_accelerate_stay_around():
     assert all(clean(part) for part in denoiser(pipe).children())
 
 
+def test_offloaded_layers_of_accelerate_are_left_out_too():
+    pipe = runs.made("sd3")
+    with cached(pipe, Cache.every(3)):
+        expected = runs.run(pipe, "sd3", 10)
+    cpu_offload(denoiser(pipe), execution_device=torch.device("cpu"))
+    before = runs.run(pipe, "sd3", 10)
+    with cached(pipe, Cache.every(3)) as handle:
+        assert torch.equal(runs.run(pipe, "sd3", 10), expected)
+        assert handle.report().forwards["reused"] == 4
+    assert torch.equal(runs.run(pipe, "sd3", 10), before)
+
+
 def test_caches_of_diffusers_and_ours_are_refused():
     pipe = runs.made("flux")
     denoiser(pipe).enable_cache(FirstBlockCacheConfig(threshold=0.1))
@@ -303,6 +327,17 @@ def test_caches_of_diffusers_and_ours_are_refused():
     with cached(pipe, Cache.every(3)), pytest.raises(OptionError, match="'quant_cache' already"):
         attach_cache(pipe, Cache.every(3))
     assert clean(denoiser(pipe))
+
+
+def test_group_offloading_and_cache_dit_are_refused():
+    pipe = runs.made("flux")
+    denoiser(pipe)._is_cached = True  # as cache-dit marks it
+    with pytest.raises(OptionError, match="cache-dit"):
+        attach_cache(pipe, Cache.every(3))
+    pipe, cpu = runs.made("flux"), torch.device("cpu")
+    denoiser(pipe).enable_group_offload(cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
+    with pytest.raises(OptionError, match="offloaded in groups"):
+        attach_cache(pipe, Cache.every(3))
 
 
 def test_a_copy_would_run_the_weights_of_the_original():

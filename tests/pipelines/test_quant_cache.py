@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import hooked_runs as runs
 import numpy as np
 import pytest
@@ -171,6 +173,20 @@ def test_compensation_is_applied_after_each_step(case):
     assert gap(ours, expected) < 1e-5
     assert report.gains == (1.0, 1.02) and report.compensated == STEPS
     assert pipe.scheduler is own
+
+
+def test_compensation_on_a_scheduler_of_ours_and_in_its_copies():
+    pipe, cache = runs.made("sd15-ddim"), da.Cache.every(3)
+    pipe.scheduler = TableScheduler.from_config(pipe.scheduler.config, sampler="dpmpp", order=2)
+    found = artifact_for(pipe, "sd15-ddim", cache)
+    with da.quant_cache(pipe, cache=cache):
+        plain = runs.run(pipe, "sd15-ddim", STEPS)
+    with da.quant_cache(pipe, cache=cache, artifact=found) as h:
+        ours = runs.run(pipe, "sd15-ddim", STEPS)
+        assert h.report().compensated == STEPS and gap(ours, plain) > 1e-3
+        copied = copy.deepcopy(pipe.scheduler)
+        assert copied.config == pipe.scheduler.config and copied is not pipe.scheduler
+        assert torch.equal(runs.run(pipe, "sd15-ddim", STEPS), ours)
 
 
 def test_an_artifact_serves_only_what_it_was_made_for(tmp_path):
