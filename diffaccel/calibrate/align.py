@@ -15,11 +15,11 @@ from ..core.grid import nodes as grid_nodes
 from ..core.node import Node
 from ..core.path import Nodes, Path
 from ..errors import OptionError, one_of
-from ..identity import check_model
 from ..samplers.fitted import KINDS, Tables
 from ..samplers.registry import get
 from . import align_core
 from .align_core import Aligning
+from .check import check
 from .fit_core import Fitted, Fitting, Plan
 from .fit_rows import normalised
 from .fit_run import Functional
@@ -60,7 +60,7 @@ class Base:
         if found.kind == KIND:
             raise OptionError(f"align: {found.file} is aligned already")
         if pipe is not None:
-            check_model(found, pipe)
+            check(found, pipe)
         return cls(found.file, tables=Tables.of(found))
 
     def table(self, made: Fitting, calls: int) -> tuple[Nodes, np.ndarray, Callable[[int], np.ndarray]]:
@@ -143,6 +143,7 @@ def align(
     Raises:
         OptionError: no prompts, numbers out of range, a base that has no rows of numbers, a pipeline that cannot be
             driven.
+        ArtifactError: a base of another path or checkpoint, or without tables for these calls.
         RunError: outputs that are not finite.
 
     Warns:

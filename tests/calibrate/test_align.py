@@ -88,6 +88,19 @@ def test_it_lowers_the_held_out_error_of_a_mixture(base: str, grid: str) -> None
     assert report["verdict"] == "aligned" and report["ratio to it [95 %]"][2] < 0.9
 
 
+def test_a_fitted_table_can_be_aligned() -> None:
+    """Its coefficients and levels stay; it is compared with itself."""
+    path, noise = Path.vp_linear(), np.random.default_rng(1).standard_normal((40, 64))
+    model = reading_t(mixture(), path)
+    base = calibrate.fit_function(model, path, noise, 5, samples=8, teacher_steps=40, grids="dp2", moves=0)
+    found = calibrate.align_function(model, path, noise, 5, base=base, samples=8, teacher_steps=40)
+    assert np.array_equal(found.tensors["n5.w"], base.tensors["n5.w"])
+    assert np.array_equal(found.tensors["n5.start"], base.tensors["n5.start"])
+    assert np.array_equal(found.tensors["n5.node"][:, 1:], base.tensors["n5.node"][:, 1:])
+    own = next(b for b in found.receipt["5 calls"]["baselines"] if b["name"].endswith("unaligned"))
+    assert own["median"] == pytest.approx(base.receipt["5 calls"]["held-out"]["median"], rel=1e-3)
+
+
 def test_equations_are_those_of_the_normalised_residuals() -> None:
     """Whatever the batches; their gradient is that of the mean log error."""
     path, noise = Path.vp_linear(), np.random.default_rng(1).standard_normal((12, 4))

@@ -29,7 +29,7 @@ from diffaccel.testing.problems import Gaussian, Mixture, four_modes
 
 pytestmark = pytest.mark.filterwarnings("ignore::diffaccel.errors.ArtifactWarning")
 PROMPTS = ["a red fox", "a blue car", "two boats", "a hat", "snow", "a tree", "an owl", "the sea"]
-SMALL: dict[str, Any] = {"samples": 4, "holdout": 4, "teacher_steps": 24, "rivals": None}
+SMALL: dict[str, Any] = {"samples": 4, "holdout": 4, "teacher_steps": 16, "rivals": None}
 PATHS = [Path.vp_linear(), Path.edm(0.01, 80.0), Path.flow(shift=3.0)]
 
 
@@ -206,7 +206,7 @@ def call_of(name: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def sd15() -> tuple[Any, Artifact]:
     pipe = pipelines.build("sd15")
-    return pipe, calibrate.ays(pipe, PROMPTS, (3, 5), **SMALL, progress=False, **call_of("sd15"))
+    return pipe, calibrate.ays(pipe, PROMPTS, (2, 3), **SMALL, progress=False, **call_of("sd15"))
 
 
 @pytest.mark.parametrize("name", ["v", "sd3"])
@@ -216,11 +216,11 @@ def test_v_and_flow_pipelines_have_a_grid(name: str) -> None:
     if name == "v":
         pipe.scheduler = TableScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
     before = pipe.scheduler
-    made = calibrate.ays(pipe, PROMPTS, 4, **SMALL, progress=False, batch=3, **call_of(kind))
+    made = calibrate.ays(pipe, PROMPTS, 3, until=1.0, **SMALL, progress=False, batch=3, **call_of(kind))
     assert pipe.scheduler is before
     scheduler = TableScheduler.from_config(before.config, sampler="dpmpp_2m_sde", grid=made, pipe=pipe)
-    scheduler.set_timesteps(4)
-    assert scheduler.timesteps.tolist() == pytest.approx(made.tensors["n4.node"][:, 0].tolist(), rel=1e-6)
+    scheduler.set_timesteps(3)
+    assert scheduler.timesteps.tolist() == pytest.approx(made.tensors["n3.node"][:, 0].tolist(), rel=1e-6)
 
 
 def test_the_grid_serves_every_scheduler(sd15: tuple[Any, Artifact], tmp_path: FilePath) -> None:
@@ -228,21 +228,21 @@ def test_the_grid_serves_every_scheduler(sd15: tuple[Any, Artifact], tmp_path: F
     pipe, made = sd15
     config, file = pipe.scheduler.config, tmp_path / "ays.safetensors"
     made.save(file)
-    times = made.tensors["n5.node"][:, 0].tolist()
+    times = made.tensors["n3.node"][:, 0].tolist()
     for grid in (made, file, str(file)):
         scheduler = TableScheduler.from_config(config, sampler="ddpm", grid=grid, pipe=pipe)
         scheduler.save_pretrained(tmp_path)
         for each in (scheduler, TableScheduler.from_pretrained(tmp_path), TableScheduler.from_config(scheduler.config)):
-            each.set_timesteps(5)
+            each.set_timesteps(3)
             assert each.timesteps.tolist() == pytest.approx(times, rel=1e-6)
-    scheduler.set_timesteps(3)
-    with pytest.raises(OptionError, match="holds times for 3, 5 calls, not 4"):
+    scheduler.set_timesteps(2)
+    with pytest.raises(OptionError, match="holds times for 2, 3 calls, not 4"):
         scheduler.set_timesteps(4)
     own = DPMSolverMultistepScheduler.from_config(config, algorithm_type="sde-dpmsolver++")
     own.set_timesteps(timesteps=[round(t) for t in times])
     assert own.timesteps.tolist() == [round(t) for t in times]
     pipe.scheduler, before = scheduler, pipe.scheduler
-    call = {**pipelines.call_kwargs("sd15"), "num_inference_steps": 5, "output_type": "latent"}
+    call = {**pipelines.call_kwargs("sd15"), "num_inference_steps": 3, "output_type": "latent"}
     try:
         assert torch.isfinite(pipe(**call).images).all()
     finally:
@@ -267,7 +267,7 @@ def test_a_grid_of_another_path_or_checkpoint_is_refused(sd15: tuple[Any, Artifa
 
 
 def test_planned_calls_bound_what_is_spent(capsys: pytest.CaptureFixture[str]) -> None:
-    made = calibrate.ays(pipelines.build("sd15"), PROMPTS, 3, **SMALL, **call_of("sd15"))
+    made = calibrate.ays(pipelines.build("sd15"), PROMPTS, 2, **SMALL, **call_of("sd15"))
     planned = int(capsys.readouterr().out.split("at most ")[1].split()[0])
     assert 0.5 * planned < made.meta["cost"]["calls"] <= planned
 
@@ -275,10 +275,10 @@ def test_planned_calls_bound_what_is_spent(capsys: pytest.CaptureFixture[str]) -
 def test_images_of_the_users_own(sd15: tuple[Any, Artifact]) -> None:
     pipe, _ = sd15
     images = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    made = calibrate.ays(pipe, PROMPTS, 3, images=images, **SMALL, progress=False, **call_of("sd15"))
+    made = calibrate.ays(pipe, PROMPTS, 2, images=images, until=1.0, **SMALL, progress=False, **call_of("sd15"))
     assert made.meta["options"]["images"] == "given"
     with pytest.raises(OptionError, match=r"of shape \(8, 4, 16, 16\)"):
-        calibrate.ays(pipe, PROMPTS, 3, images=images[:3], **SMALL, progress=False, **call_of("sd15"))
+        calibrate.ays(pipe, PROMPTS, 2, images=images[:3], **SMALL, progress=False, **call_of("sd15"))
 
 
 # ---------------------------------------------------------------------- the grid `listed`
