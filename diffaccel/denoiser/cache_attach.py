@@ -13,7 +13,7 @@ from ..errors import OptionError, RunError
 from .cache import Cache
 from .cache_frame import Current
 from .cache_hook import CacheHook
-from .cache_layout import Layout, layout_of
+from .cache_layout import Layout, layout_of, refuse_compiled
 from .cache_parts import Block, Head, Member, Part
 from .cache_probe import Driver
 from .cache_report import CacheReport
@@ -38,6 +38,8 @@ class Attached:
             _refuse(name, model)
         dynamic = not settings.static and drive is None
         self._layouts = {name: layout_of(model, settings.level, dynamic) for name, model in models.items()}
+        for name, model in models.items():
+            refuse_compiled(model, self._layouts[name])
         try:
             for name, model in models.items():
                 label = f"{name} " if len(models) > 1 else ""
@@ -178,19 +180,9 @@ def _refuse(name: str, model: torch.nn.Module) -> None:
     if getattr(model, "_is_cached", False):
         raise OptionError(f"pipe.{name} has a cache of cache-dit; take it off first (cache_dit.disable_cache(pipe))")
     for part in model.modules():
-        if getattr(part, "_compiled_call_impl", None) is not None and _cacheable(part):
-            raise OptionError(
-                f"a {type(part).__name__} of pipe.{name} is compiled already, which goes past hooks; put the cache on "
-                "first and call the handle's compile()"
-            )
         registry: Any = getattr(part, "_diffusers_hook", None)
         for hook_name, hook in () if registry is None else registry.hooks.items():
             _refuse_hook(name, hook_name, hook)
-
-
-def _cacheable(part: torch.nn.Module) -> bool:
-    """Whether a cache may stand around this module: blocks of transformers, not those inside a UNet's blocks."""
-    return type(part).__name__ != "BasicTransformerBlock"
 
 
 def _refuse_hook(name: str, hook_name: str, hook: Any) -> None:

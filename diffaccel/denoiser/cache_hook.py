@@ -13,7 +13,7 @@ from ..errors import OptionError, RunError
 from .cache import Cache
 from .cache_forecast import History
 from .cache_frame import Current, Frame, not_finite
-from .cache_layout import Layout
+from .cache_layout import Layout, refuse_compiled
 from .cache_policy import Watch, decide
 from .cache_probe import Driver
 from .cache_report import CacheReport
@@ -94,6 +94,10 @@ class CacheHook(DenoiserHook):
         self.current, self.report_of, self.drive = current, report_of, drive
         self.names = {name for name, _ in layout.parts}
 
+    def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
+        self.model = module
+        return super().initialize_hook(module)
+
     # ------------------------------------------------------------------ a call
     def answer(self, call: Call) -> Any:
         state: State = call.run.store.get("cache") or self._begin(call)
@@ -152,6 +156,7 @@ class CacheHook(DenoiserHook):
 
     # ------------------------------------------------------------------ a run
     def _begin(self, call: Call) -> State:
+        refuse_compiled(self.model, self.layout)
         run, settings, report = call.run, self.settings, self.report_of(call.run)
         report.parts += len(self.names)
         first = report.first if settings.kind in ("mask", "learned") else run.first

@@ -99,6 +99,22 @@ class Layout:
         return [part for section in self.sections for part in section]
 
 
+def refuse_compiled(model: torch.nn.Module, layout: Layout) -> None:
+    """Raise if a part, or what holds it, was compiled in place: decisions would be compiled in, or gone past.
+
+    Raises:
+        OptionError: naming the module.
+    """
+    compiled = [name for name, m in model.named_modules() if getattr(m, "_compiled_call_impl", None) is not None]
+    names = [layout.head[0], *(name for name, _ in layout.parts)]
+    for inside in compiled:
+        if any(name == inside or name.startswith(f"{inside}." if inside else "") for name in names):
+            raise OptionError(
+                f"{inside or 'the denoiser'} is compiled, and the cache's decisions would be compiled in or gone past; "
+                "put the cache on before anything is compiled, and call the handle's compile()"
+            )
+
+
 def layout_of(model: torch.nn.Module, level: str | None, dynamic: bool) -> Layout:
     """Where a cache of this level acts.
 

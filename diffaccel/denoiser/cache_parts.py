@@ -39,11 +39,6 @@ class Part(ModelHook):
         frame = self.current.frame
         if frame is None:
             return self.run(*args, **kwargs)
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise OptionError(
-                f"{self.name} was compiled after the cache was put on it, so that the cache's decisions would be "
-                "compiled in; use the handle's compile() in place of compile_repeated_blocks()"
-            )
         frame.fired.add(self.name)
         return self.act(frame, args, kwargs)
 

@@ -417,18 +417,33 @@ def test_decisions_break_no_graph(case, settings):
     torch._dynamo.reset()
 
 
-def test_blocks_compiled_by_others_are_refused():
-    pipe = runs.made("flux")
-    with cached(pipe, Cache.every(3)):
+@pytest.mark.parametrize("level", ["stack", "sublayer"])
+def test_blocks_compiled_by_others_are_refused(level):
+    pipe, settings = runs.made("flux"), Cache.every(3, level=level)
+    with cached(pipe, settings):
         pipe.transformer.compile_repeated_blocks(backend="eager")
-        with pytest.raises(OptionError, match=r"the handle's compile\(\)"):
+        with pytest.raises(OptionError, match=r"transformer_blocks.0 is compiled.* the handle's compile\(\)"):
             runs.run(pipe, "flux", 10)
-    with pytest.raises(OptionError, match="compiled already"):
-        attach_cache(pipe, Cache.every(3))
+    with pytest.raises(OptionError, match=r"transformer_blocks.0 is compiled"):
+        attach_cache(pipe, settings)
+    pipe = runs.made("flux")
+    pipe.transformer.compile(backend="eager")
+    with pytest.raises(OptionError, match="the denoiser is compiled"):
+        attach_cache(pipe, settings)
     pipe = runs.made("flux")
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
     with pytest.raises(OptionError, match="compiled as a whole"):
-        attach_cache(pipe, Cache.every(3))
+        attach_cache(pipe, settings)
+
+
+def test_compiled_layers_inside_of_a_part_stay_compiled():
+    pipe = runs.made("sd15")
+    with cached(pipe, Cache.every(3)):
+        expected = runs.run(pipe, "sd15", 10)
+    pipe.unet.compile_repeated_blocks(backend="eager")
+    with cached(pipe, Cache.every(3)):
+        assert torch.equal(runs.run(pipe, "sd15", 10), expected)
+    torch._dynamo.reset()
 
 
 # ---------------------------------------------------------------------- calibration's way in
