@@ -125,7 +125,7 @@ class Measure:
                 found.values.append({})
             output, values = probe.full()
             found.outputs[-1][probe.branch] = output
-            found.values[-1][probe.branch] = [v.detach() for v in values]
+            found.values[-1][probe.branch] = [v.detach().cpu() for v in values]  # N times a cache
             return output
 
         self._run(batch, self.steps, drive, _kept(found.guided), _kept(found.states))
@@ -167,7 +167,7 @@ class Measure:
             nodes = sorted({p, l})
             share = weights([float(k) for k in nodes], float(j), self.settings.forecast)
             kept = [record.values[k][probe.branch] for k in nodes[-len(share) :]]
-            return probe.forced([_weighted(share, parts) for parts in zip(*kept)])
+            return probe.forced([_weighted(share, parts).to(probe.sample.device) for parts in zip(*kept)])
 
         def see(j: int, guided: torch.Tensor) -> torch.Tensor:
             if j in due:
@@ -224,7 +224,9 @@ def _kept(into: list[torch.Tensor]) -> Callable[[int, torch.Tensor], torch.Tenso
 
 
 def _weighted(share: list[float], parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    return torch.stack([w * v for w, v in zip(share, parts, strict=True)]).sum(0)
+    """The sum, made in float32 for half precision, as a cache makes it."""
+    dtype = torch.promote_types(parts[0].dtype, torch.float32)
+    return torch.stack([w * v.to(dtype) for w, v in zip(share, parts, strict=True)]).sum(0).to(parts[0].dtype)
 
 
 def _norms(x: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from .compensate import Compensation
 
 KIND = "cache"
 CHOICES = ("forecast", "level", "variable")  # of a cache, beside its mask
-MODEL = ("class", "config_sha256", "weights_sha256")
+MODEL = ("class", "config_sha256", "weights_sha256", "adapters")
 
 
 def key_of(pipe: Any, scheduler: Any, shape: tuple[int, ...], quant: Mapping[str, Any] | None) -> dict[str, Any]:

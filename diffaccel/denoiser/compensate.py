@@ -104,8 +104,8 @@ class Fit:
 
     Args:
         reference: (N, B, ...) states after each step of the unaccelerated run of the same noise, all images of the fit.
-        kind: "std": ratio of the standard deviations; "ls": least squares; "tac": weighted as timestep-aware
-            correction (arXiv:2503.02508 compares with it).
+        kind: "std": ratio of the standard deviations; "ls": least squares; "tac": least squares with the weights
+            `1/max(e^2, v/100) + 1/v` of the reference's deviation e and variance v, which favour values near the mean.
         axis: of the channels; None: `channel_axis`.
         shift: correct the mean too; False keeps the accelerated run's.
 
