@@ -188,6 +188,25 @@ def test_a_choice_of_our_own_scheduler_is_replaced_whole(sd):
     pipe.scheduler = before
 
 
+def test_an_offloaded_model(sd):
+    from accelerate import cpu_offload
+
+    found = []
+    for offloaded in (False, True):
+        pipe = build("sd15")
+        if offloaded:
+            cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+        before = pipe.scheduler
+        with da.accelerate(pipe, recipe_for(*sd)) as h:
+            with pytest.raises(ArtifactError, match="this run has 5"):
+                pipe("a red fox", num_inference_steps=5)
+            kwargs = {k: v for k, v in call_kwargs("sd15").items() if k != "num_inference_steps"}
+            found.append(h(**kwargs)[0])
+        assert pipe.scheduler is before
+        assert torch.isfinite(ran(pipe, "sd15")).all()
+    assert torch.equal(*found)
+
+
 def test_a_fitted_table_in_a_recipe_runs_as_its_artifact_does(tmp_path):
     """The trained model: through JSON, the same image to the last bit; and saved with the pipeline."""
     pipe, held = models.load("tiny-sd"), Artifact.load(models.fitted("tiny-sd"))
