@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import OptionError
 from .identity import check_guidance
+from .key_values import key_values
 from .ranked import run_ranked
 
 if TYPE_CHECKING:
@@ -200,22 +200,5 @@ def call_options(args: argparse.Namespace) -> dict[str, Any]:
     found = key_values(args.call, "--call")
     for key, value in (("guidance_scale", args.guidance), ("height", args.height), ("width", args.width)):
         if value is not None:
-            found[key] = value
-    return found
-
-
-def key_values(texts: list[str], flag: str) -> dict[str, Any]:
-    """`key=value` pairs; a value is a Python literal, true, false, null, or else a string."""
-    found: dict[str, Any] = {}
-    words = {"true": True, "false": False, "null": None, "none": None}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise OptionError(f"{flag} is written key=value, got {text!r}")
-        if key in found:
-            raise OptionError(f"{flag} {key} is given twice")
-        try:
-            found[key] = words[value.lower()] if value.lower() in words else ast.literal_eval(value)
-        except (ValueError, SyntaxError):
             found[key] = value
     return found

@@ -9,7 +9,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from .errors import OptionError
-from .generate_command import call_options, key_values
+from .generate_command import call_options
+from .key_values import key_values
 from .ranked import run_ranked
 
 if TYPE_CHECKING:

@@ -252,7 +252,7 @@ def test_a_wrong_model(command, capsys):
 
 
 def test_values_of_options():
-    from diffaccel.generate_command import key_values
+    from diffaccel.key_values import key_values
 
     texts = ["a=1", "b=0.5", "c=true", "d=None", "e=karras", "f=[1, 2]", "g=x=y", "h="]
     found = {"a": 1, "b": 0.5, "c": True, "d": None, "e": "karras", "f": [1, 2], "g": "x=y", "h": ""}

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace, world: World) -> Artifact:
     """Everything that a rank does."""
     from .. import calibrate
-    from ..generate_command import key_values
+    from ..key_values import key_values
 
     function = getattr(calibrate, args.kind)
     known = inspect.signature(function).parameters
@@ -103,7 +103,7 @@ def prepared(args: argparse.Namespace, world: World) -> tuple[Any, list[str], di
     import transformers
 
     from .. import models, painter
-    from ..generate_command import key_values
+    from ..key_values import key_values
     from ..prompts import read_prompts
 
     call = models.CALL_DEFAULTS.get(args.model, {}) | key_values(args.call, "--call")

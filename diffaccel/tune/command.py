@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _tune(args: argparse.Namespace, world: World) -> Any:
     from ..calibrate.command import prepared
-    from ..generate_command import key_values
+    from ..key_values import key_values
     from .candidates import USUAL
     from .run import tune
 
