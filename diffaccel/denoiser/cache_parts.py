@@ -67,7 +67,7 @@ class Head(Part):
     def act(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = self.run(*args, **kwargs)
         if self.streams is None:
-            value = tensors_in(output)[0]
+            value = tensors_in(output)[0].clone()  # it is kept, and models change tensors in place
         else:
             frame.head = self.streams.returned(output, self.name)
             first, hidden = self.streams.given(self.arguments.bind(args, kwargs))[0], frame.head[0]

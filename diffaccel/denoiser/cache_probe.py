@@ -29,7 +29,7 @@ class Probe(Protocol):
         """The model in full: its output, in the form in which it came, and the cached quantity.
 
         The quantity is a list of tensors (rows, ...): residuals of the block stack (hidden, then encoder stream), the
-        output of the deep part of a UNet, or the outputs of all sublayers in the order in which they ran.
+        output of the deep part of a UNet, or the outputs of all sublayers in the order of the model's modules.
         """
         ...
 

@@ -69,7 +69,8 @@ class CacheReport:
             return None
         # medians, because the first call of a process, and calls that something else interrupted, are slow
         total = sum(len(spans) * statistics.median(spans) for spans in each.values())
-        return total / statistics.median(each["full"]) / len(self.decisions)
+        branches = sum(self.forwards.values()) / self.steps
+        return total / statistics.median(each["full"]) / branches
 
     @property
     def quantiles(self) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import statistics
 import threading
 
 import hooked_runs as runs
@@ -245,8 +246,12 @@ def test_two_experts_have_caches_of_their_own():
     pipe = runs.two_experts()
     with cached(pipe, Cache.every(3)) as handle:
         runs.run(pipe, "wan", steps=20)
-        found = handle.report().decisions
+        report = handle.report()
+    found = report.decisions
     first, second = found["transformer cond"][0], found["transformer_2 cond"][0]
+    each = {kind: timer.each() for kind, timer in report.timers.items()}
+    cost = sum(len(each[kind]) * statistics.median(each[kind]) for kind in ("full", "reused"))
+    assert report.equal_calls == pytest.approx(cost / statistics.median(each["full"]) / 2)  # two branches a step
     assert len(first) + len(second) == 20 and len(second) > 5
     assert first.startswith("FFFF..F") and second.startswith("FFFF..F") and second.endswith("F")
     assert clean(pipe.transformer) and clean(pipe.transformer_2)
