@@ -166,6 +166,17 @@ def test_forecasts_are_closer_than_reuse_on_trained_models():
         assert errors[1] < errors[0], (name, errors)
 
 
+@pytest.mark.parametrize("case", ["sd15-ddim", "flux"])
+def test_forecasts_in_half_log_snr(case):
+    """FLUX begins at infinite noise, where lam is not finite: that step takes no part in a forecast."""
+    pipe, found = runs.made(case), []
+    for variable in ("step", "lam"):
+        with cached(pipe, Cache.every(3, warmup=2, variable=variable)) as handle:
+            found.append(runs.run(pipe, case, 12))
+            assert handle.report().forwards["reused"] == 6
+    assert found[1].isfinite().all() and not torch.equal(*found)
+
+
 # ---------------------------------------------------------------------- state
 def test_size_and_steps_change_between_runs():
     pipe = runs.made("sd15")
