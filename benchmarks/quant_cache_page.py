@@ -6,7 +6,8 @@ from typing import Any
 
 INTRO = """# Quantisation and denoiser caches
 
-Written by `benchmarks/bench_quant_cache.py`; everything was measured in one run on one CPU thread.
+Written by `benchmarks/bench_quant_cache.py`; the numbers of a section were measured in one run, on one CPU
+thread.
 Versions: {versions}.
 
 **time**: CPU seconds of the whole call relative to runs with all steps in the same round (median over rounds).
