@@ -6,8 +6,7 @@ from typing import Any
 
 INTRO = """# Quantisation and denoiser caches
 
-Written by `benchmarks/bench_quant_cache.py`; the numbers of a section were measured in one run, on one CPU
-thread.
+Written by `benchmarks/bench_quant_cache.py`, on one CPU thread; both sides of every ratio are of the same run.
 Versions: {versions}.
 
 **time**: CPU seconds of the whole call relative to runs with all steps in the same round (median over rounds).
@@ -74,7 +73,7 @@ def wide(found: dict[str, Any]) -> str:
         f"\n## DiT, width {found['width']}, {found['layers']} blocks, {found['parameters'] / 1e6:.0f} M parameters, "
         f"{found['tokens']} tokens, random weights\n",
         f"{found['steps']} DDIM steps, {found['rows in a batch']} images, no guidance. Errors of random weights rank "
-        "nothing; they show what a run computes otherwise.\n",
+        "nothing; they show what a run computes otherwise (0: the cache reused nothing).\n",
         "| | full steps | time | error |",
         "|---|---|---|---|",
     ]
