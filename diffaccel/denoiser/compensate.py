@@ -184,5 +184,5 @@ def _mapped(x: torch.Tensor, axis: int, mu_ref: np.ndarray, mu_acc: np.ndarray, 
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     shape = [1] * x.ndim
     shape[axis] = -1
-    ref, acc, k = (torch.as_tensor(v, dtype=dtype, device=x.device).reshape(shape) for v in (mu_ref, mu_acc, gain))
+    ref, acc, k = (torch.tensor(v, dtype=dtype, device=x.device).reshape(shape) for v in (mu_ref, mu_acc, gain))
     return (ref + k * (x.to(dtype) - acc)).to(x.dtype)
