@@ -70,7 +70,7 @@ def _packed(artifact: Artifact) -> dict[str, Any]:
     """An artifact as JSON. `repr` of a float is its shortest text that reads back as the same float."""
     tensors, count = {}, sum(array.size for array in artifact.tensors.values())
     if count > MOST:
-        raise ArtifactError(f"{artifact.file} holds {count} numbers; a recipe embeds at most {MOST}: calibrate for less")
+        raise ArtifactError(f"{artifact.file} holds {count} numbers; a recipe embeds {MOST} at most; use fewer")
     for name, array in sorted(artifact.tensors.items()):
         if array.dtype.name not in DTYPES:
             raise ArtifactError(f"{artifact.file}: {name} is {array.dtype}; a recipe holds {', '.join(DTYPES)}")
