@@ -81,7 +81,7 @@ class Engine:
         self.pipe, self.prompts, self.guidance, self.batch, self.seed = pipe, list(prompts), guidance, batch, seed
         self.call = dict(call or {}) | ({} if guidance is None else {"guidance_scale": guidance})
         self._key = Driver(pipe, self.call).key
-        if "latents" not in inspect.signature(pipe.__call__).parameters:
+        if not self.takes("latents"):
             raise OptionError(f"{type(pipe).__name__} takes no latents=, so no state can be handed to it")
         if getattr(denoiser(pipe), "is_cache_enabled", False):
             raise OptionError("the denoiser has a cache enabled, which repeats old outputs; call disable_cache() first")
@@ -96,6 +96,10 @@ class Engine:
         self._start = time.monotonic()
         self._progress = progress and self.world.rank == 0
         self._bar: Any = None
+
+    def takes(self, argument: str) -> bool:
+        """Whether the pipeline's call has an argument of this name."""
+        return argument in inspect.signature(self.pipe.__call__).parameters
 
     def guide(self, guidance: float | None) -> None:
         """Run with another guidance scale from here on; None: the pipeline's own."""

@@ -110,7 +110,7 @@ class Piped:
                 steps = steps_for(scheduler, calls)
             except OptionError:
                 return None
-        if steps is None:
+        if steps is None or (ramp and not self.engine.takes("sigmas")):
             return None
         last: list[torch.Tensor] = []
         inner = scheduler.step

@@ -141,7 +141,8 @@ def best_stock(
     told = logging.get_verbosity()
     logging.set_verbosity_error()  # each of them would list the config keys that it does not know
     try:
-        for candidate in (c for c in stock(config) if c.name in STOCK):
+        ramps = engine.takes("sigmas")  # Wan's call does not
+        for candidate in (c for c in stock(config) if c.name in STOCK and (ramps or not c.ramp)):
             more = {"sigmas": np.linspace(1.0, 1 / calls, calls).tolist()} if candidate.ramp else {}
             tag, make = f"{name}/{candidate.name}", partial(candidate.make, config)
             try:

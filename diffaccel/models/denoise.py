@@ -144,7 +144,7 @@ def train_pixel(train: data.Split, out: Path, budget: Budget = PIXEL, device: st
     tables = vp_alphas(export.pixel_pipeline(net).scheduler)
 
     def loss(step: int, g: torch.Generator) -> torch.Tensor:
-        # v, not epsilon: in a loss of epsilon the high noise levels, at which the label is all there is to go by, hardly
+        # v, not epsilon: in a loss of epsilon the high noise levels, where the label is all there is to go by, hardly
         # count (after 6,000 steps of it one image in five was of the right thing)
         batch = data.draw(train, budget.batch, g)
         x = data.to_float(batch.images)

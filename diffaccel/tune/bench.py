@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -148,7 +147,7 @@ class Bench:
 
     def stock(self, calls: int) -> list[tuple[str, Run]]:
         """Every deterministic scheduler of diffusers that takes this path, on all its grids."""
-        ramps = "sigmas" in inspect.signature(self.engine.pipe.__call__).parameters
+        ramps = self.engine.takes("sigmas")
         found: list[tuple[str, Run]] = []
         for candidate in stock_candidates(self.config):
             steps = candidate.steps(calls)

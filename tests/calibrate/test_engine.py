@@ -13,7 +13,7 @@ from diffaccel import models
 from diffaccel.calibrate.captured import Captured
 from diffaccel.calibrate.checkpoint import Checkpoint
 from diffaccel.calibrate.engine import Engine
-from diffaccel.calibrate.validate import FEWEST, Verdict, errors, verdict
+from diffaccel.calibrate.validate import FEWEST, Verdict, best_stock, ends, errors, verdict
 from diffaccel.errors import ArtifactError, OptionError
 from diffaccel.parallel.protocol import SoloWorld
 from diffaccel.testing.pipelines import build, call_kwargs, denoiser
@@ -250,3 +250,15 @@ def test_the_interval_is_false_about_one_time_in_forty():
 def test_errors_are_relative_to_each_teacher():
     z, target = np.array([[3.0, 4.0], [0.0, 2.0]]), np.array([[3.0, 0.0], [0.0, 1.0]])
     np.testing.assert_allclose(errors(z, target), [4 / 3, 1.0])
+
+
+def test_a_pipeline_without_sigmas_has_rivals_too():
+    """The call of Wan's pipeline has no argument `sigmas`."""
+    pipe = build("wan")
+    call = {k: v for k, v in call_kwargs("wan").items() if k in ("height", "width", "num_frames")}
+    engine = Engine(pipe, ["a fox"], call=call, batch=1, progress=False)
+    batches = engine.batches(0, 1)
+    teacher = ends(engine, "teacher", batches, lambda: pipe.scheduler, 4)
+    found = best_stock(engine, "stock", batches, teacher, 3, pipe.scheduler.config)
+    assert found["tried"] > 2 and 0 < found["error"] < 2
+    assert not any("sigmas" in why for why in found.get("failed", {}).values())
