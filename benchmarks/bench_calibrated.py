@@ -210,11 +210,11 @@ def report(bench: Bench, dc: Path | None, fid: int) -> dict[str, Any]:
 
 
 def fids(bench: Bench, made: Artifact, dc: Path | None, table: list[dict[str, Any]], n: int) -> list[dict[str, Any]]:
-    """FID (of the features of tiny-fashion) at 6 and 10 calls: the best stock setting, and ours on their best grids."""
+    """FID (of the features of tiny-fashion) at each number of calls: the best stock setting, and ours on their best grids."""
     reference = models.reference(32)
     target = frechet.from_moments(reference["mu"], reference["sigma"], reference["n"])
     net, scores = models.features(), []
-    for calls in (6, 10):
+    for calls in CALLS:
         top = next(r["setting"] for r in table if r["calls"] == calls and r["method"] == "stock")
         kept = [r for r in rows_of(bench, made, dc, calls) if not r.setting.startswith("its own")]
         kept += [r for r in stock_rows(bench) if r.setting == top]
