@@ -210,7 +210,7 @@ def report(bench: Bench, dc: Path | None, fid: int) -> dict[str, Any]:
 
 
 def fids(bench: Bench, made: Artifact, dc: Path | None, table: list[dict[str, Any]], n: int) -> list[dict[str, Any]]:
-    """FID (of the features of tiny-fashion) at each number of calls: the best stock setting, and ours on their best grids."""
+    """FID (features of tiny-fashion) at each number of calls: the best stock setting, and ours on their best grids."""
     reference = models.reference(32)
     target = frechet.from_moments(reference["mu"], reference["sigma"], reference["n"])
     net, scores = models.features(), []
