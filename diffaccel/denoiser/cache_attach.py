@@ -18,9 +18,8 @@ from .cache_parts import Block, Head, Member, Part
 from .cache_probe import Driver
 from .cache_report import CacheReport
 from .clock import Clock, Run
-from .contract import attach, denoisers, detach
+from .contract import PREFIX, attach, denoisers, detach, hooks_of, refuse_wrapped
 
-PREFIX = "diffaccel."
 NAME = PREFIX + "quant_cache"
 
 
@@ -179,18 +178,12 @@ def _refuse(name: str, model: torch.nn.Module) -> None:
         raise OptionError(f"pipe.{name} has no weights yet (meta device); load them first")
     if getattr(model, "_is_cached", False):
         raise OptionError(f"pipe.{name} has a cache of cache-dit; take it off first (cache_dit.disable_cache(pipe))")
-    for part in model.modules():
-        registry: Any = getattr(part, "_diffusers_hook", None)
-        for hook_name, hook in () if registry is None else registry.hooks.items():
-            _refuse_hook(name, hook_name, hook)
+    refuse_wrapped(model)
+    for hook_name, hook in hooks_of(model):
+        _refuse_hook(name, hook_name, hook)
 
 
 def _refuse_hook(name: str, hook_name: str, hook: Any) -> None:
-    if hook_name.startswith(PREFIX):
-        raise OptionError(
-            f"pipe.{name} is wrapped by {hook_name.removeprefix(PREFIX)!r} already; call .remove() on that handle "
-            "first: two wrappers of one model do not compose"
-        )
     if "offload" in hook_name:
         raise OptionError(
             f"pipe.{name} is offloaded in groups ({hook_name!r}), which fetches weights of layers that a cache leaves "

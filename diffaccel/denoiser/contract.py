@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from diffusers.hooks.hooks import StateManager
 from ..errors import OptionError, RunError
 from .clock import Clock, Run
 
+PREFIX = "diffaccel."  # of the names of our hooks
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
 SAMPLES = ("sample", "hidden_states")
 TIME = "timestep"
@@ -201,6 +202,25 @@ class DenoiserHook(ModelHook):
             raise OptionError(f"the model's {self.signature.sample} is a {type(sample).__name__}, not one tensor")
         model = self.fn_ref.original_forward
         return Call(run, run.step, branch, context is not None, opens, sample, arguments, args, kwargs, model)
+
+
+# ---------------------------------------------------------------------- hooks on and off
+def hooks_of(module: torch.nn.Module) -> Iterator[tuple[str, ModelHook]]:
+    """Name and hook of every hook of diffusers on a module and inside it, ours included."""
+    for part in module.modules():
+        registry = getattr(part, "_diffusers_hook", None)
+        if registry is not None:
+            yield from registry.hooks.items()
+
+
+def refuse_wrapped(module: torch.nn.Module) -> None:
+    """Raise `OptionError` if one of our wrappers is on a denoiser: two answers for one call do not compose."""
+    for name, _ in hooks_of(module):
+        if name.startswith(PREFIX):
+            raise OptionError(
+                f"this pipeline is wrapped by {name.removeprefix(PREFIX)!r} already; call .remove() on that handle "
+                "first: two wrappers of one pipeline do not compose"
+            )
 
 
 def attach(module: torch.nn.Module, hook: ModelHook, name: str) -> None:

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from ..errors import OptionError, RunError
+from ..errors import RunError
 from .clock import Clock, Run
-from .contract import attach, denoisers, detach, outermost
+from .contract import PREFIX, attach, denoisers, detach, outermost, refuse_wrapped
 from .extrapolation_hook import ExtrapolationHook
 from .extrapolation_report import Report
 from .extrapolation_settings import Skip, settings
 
-PREFIX = "diffaccel."
 NAME = PREFIX + "extrapolate"
 
 
@@ -90,8 +89,8 @@ class Extrapolation:
         self._latest: Report | None = None
         self._modules: list[torch.nn.Module] = []
         found = denoisers(pipe)
-        for name, module in found.items():
-            _refuse_wrapped(name, module)
+        for module in found.values():
+            refuse_wrapped(module)
         try:
             for module in found.values():
                 hook = ExtrapolationHook(Clock(lambda: pipe.scheduler), pipe, chosen, self._report_of)
@@ -139,15 +138,3 @@ class Extrapolation:
                 )
         report: Report = self._local.report
         return report
-
-
-def _refuse_wrapped(name: str, module: torch.nn.Module) -> None:
-    """Two answers for one call, or other sizes or steps in one batch, do not compose with a history."""
-    for part in module.modules():
-        hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", ())
-        others = [hook.removeprefix(PREFIX) for hook in hooks if hook.startswith(PREFIX)]
-        if others:
-            raise OptionError(
-                f"extrapolate: pipe.{name} is wrapped by {others[0]!r} already, and two wrappers of one pipeline do "
-                "not compose; call .remove() on that handle first"
-            )

@@ -14,6 +14,7 @@ import torch
 from ..artifact import Artifact
 from ..errors import ArtifactError, OptionError, RunError, one_of
 from ..identity import model_identity
+from .contract import hooks_of
 
 MODES = {
     "w8a8": "int8 weights a channel, int8 activations a token",
@@ -209,9 +210,7 @@ def _refuse(module: torch.nn.Module, quant: Quant) -> None:
         )
     if getattr(module, "_hf_peft_config_loaded", False):
         raise OptionError("this denoiser has adapters: call pipe.fuse_lora() and pipe.unload_lora_weights() first")
-    hooked = [
-        name for part in module.modules() for name in getattr(getattr(part, "_diffusers_hook", None), "hooks", ())
-    ]
+    hooked = [name for name, _ in hooks_of(module)]
     if hooked or hasattr(module, "_hf_hook"):
         raise OptionError(
             f"this denoiser has hooks ({hooked[0] if hooked else 'of accelerate: offloading'}); quantise first, then "

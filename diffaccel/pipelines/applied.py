@@ -11,12 +11,12 @@ from diffusers.hooks import ModelHook
 
 from ..calibrate.captured import model_config
 from ..denoiser.cache import Cache
-from ..denoiser.contract import attach, detach, outermost
+from ..denoiser.contract import PREFIX, attach, detach, outermost
 from ..drive import denoiser
 from ..errors import ArtifactError, ArtifactWarning, RunError, one_of
 from ..schedulers import TableScheduler
 from .bottleneck import bottleneck
-from .handle import PREFIX, Handle, refuse_wrapped
+from .handle import Handle, refuse_wrapped
 from .quant_cache import quant_cache
 from .recipe import Choice
 

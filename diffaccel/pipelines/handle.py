@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from diffusers.hooks import ModelHook
 
-from ..denoiser.contract import attach, detach
+from ..denoiser import contract
+from ..denoiser.contract import PREFIX, attach, detach, hooks_of
 from ..errors import OptionError, RunError
 
-PREFIX = "diffaccel."
 DENOISERS = ("unet", "transformer", "transformer_2")
 
 
@@ -80,23 +79,10 @@ def denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in found.items() if module is not None}
 
 
-def hooks_of(module: torch.nn.Module) -> Iterator[tuple[str, ModelHook]]:
-    """Name and hook of every hook of diffusers on a module and inside it, ours included."""
-    for part in module.modules():
-        registry = getattr(part, "_diffusers_hook", None)
-        if registry is not None:
-            yield from registry.hooks.items()
-
-
 def refuse_wrapped(pipe: Any) -> None:
     """Raise `OptionError` if one of our wrappers is on the pipeline."""
     for module in denoisers(pipe).values():
-        for name, _ in hooks_of(module):
-            if name.startswith(PREFIX):
-                raise OptionError(
-                    f"this pipeline is wrapped by {name.removeprefix(PREFIX)!r} already; call .remove() on that handle "
-                    "first: two wrappers of one pipeline do not compose"
-                )
+        contract.refuse_wrapped(module)
 
 
 def refuse_stateful(pipe: Any, name: str, why: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..denoiser.contract import hooks_of
 from ..drive import fingerprint, plain_config
 from ..errors import OptionError
 from ..parallel.layers_found import FAMILIES
@@ -21,7 +22,7 @@ from ..parallel.patch_settings import LATE, Settings
 from ..parallel.protocol import TIMEOUT, SoloWorld, World, line
 from ..parallel.ulysses import UlyssesHook, takes
 from ..parallel.world import DistWorld
-from .handle import denoisers, hooks_of, refuse_stateful, refuse_wrapped
+from .handle import denoisers, refuse_stateful, refuse_wrapped
 
 logger = logging.getLogger(__name__)
 ULYSSES = "diffusers' context parallelism (Ulysses)"

@@ -11,11 +11,11 @@ import accelerate  # noqa: F401 - imported once, before the forks
 import torch
 from ranks import fork, wait
 
+from diffaccel.denoiser.contract import hooks_of
 from diffaccel.errors import OptionError
 from diffaccel.parallel.patch_settings import Settings
 from diffaccel.parallel.ulysses import UlyssesHook
 from diffaccel.parallel.world import open_world
-from diffaccel.pipelines.handle import hooks_of
 from diffaccel.pipelines.patch_parallel import patch_parallel
 from diffaccel.testing.pipelines import build, call_kwargs, denoiser
 
