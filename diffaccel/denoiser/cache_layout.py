@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,20 +12,10 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.attention import BasicTransformerBlock
 
 from ..errors import OptionError
+from .contract import Arguments
 
 UNETS = (UNet2DModel, UNet2DConditionModel)
 SUBLAYERS: tuple[Any, ...] = (*_ATTENTION_CLASSES, *_FEEDFORWARD_CLASSES)
-
-
-class Arguments:
-    """The arguments of a module's `forward`, by name."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.names = list(inspect.signature(type(module).forward).parameters)[1:]
-
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments of a call, by name."""
-        return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
 
 class Streams:

@@ -14,7 +14,8 @@ from diffusers.hooks import ModelHook
 
 from ..errors import OptionError, RunError
 from .cache_frame import Current, Frame, tensors_in, with_tensors
-from .cache_layout import Arguments, Streams
+from .cache_layout import Streams
+from .contract import Arguments
 from .rows import COMMON, taken
 
 

@@ -47,7 +47,19 @@ def denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
 
 
 # ---------------------------------------------------------------------- arguments and outputs
-class Signature:
+class Arguments:
+    """The arguments of a module's `forward`, by name."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of a call by name."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+
+class Signature(Arguments):
     """The arguments of a denoiser's `forward`, by name.
 
     Raises:
@@ -56,19 +68,14 @@ class Signature:
 
     def __init__(self, module: torch.nn.Module) -> None:
         inner = getattr(module, "_orig_mod", module)  # under torch.compile
-        parameters = inspect.signature(inner.forward).parameters
-        self.names = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-        samples = [name for name in SAMPLES if name in parameters]
-        if not samples or TIME not in parameters:
+        super().__init__(inner)
+        samples = [name for name in SAMPLES if name in self.names]
+        if not samples or TIME not in self.names:
             raise OptionError(
-                f"{type(inner).__name__}.forward({', '.join(parameters)}) has no {' or '.join(SAMPLES)} and {TIME}; "
+                f"{type(inner).__name__}.forward({', '.join(self.names)}) has no {' or '.join(SAMPLES)} and {TIME}; "
                 "hooks know UNets and transformers that take one tensor of state"
             )
         self.sample = samples[0]
-
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments of a call by name."""
-        return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
 
 def unpacked(output: Any) -> torch.Tensor:
