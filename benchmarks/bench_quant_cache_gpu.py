@@ -1,7 +1,7 @@
 """Quantisation and caches on a GPU: DiT-XL and FLUX in size, random weights, bf16 and fp8, against others' caches.
 
     python benchmarks/bench_quant_cache_gpu.py --out results_gpu [--models dit flux] [--rounds 3]
-    python benchmarks/bench_quant_cache_gpu.py --tiny --out /tmp/check      # the same on small models, anywhere
+    python benchmarks/bench_quant_cache_gpu.py --tiny --out check           # the same on small models, anywhere
 
 Random weights: seconds, memory and what the runs compute otherwise; no quality. FLUX needs 80 GB (24 GB of weights,
 and copies for peers). cache-dit takes part where it is installed. Seconds are medians, each after a run that warms up

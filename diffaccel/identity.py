@@ -18,6 +18,7 @@ PIECE = 4096  # values of each tensor that enter the hash, evenly spread: a mode
 SAMPLE = 64  # values that are kept, to tell a model in another precision from another model
 ADAPTERS = ("lora_", ".processor.", "encoder_hid_proj", "ip_adapter")  # parts of parameter names
 ADAPTER_KEYS = ("encoder_hid_dim_type",)  # config keys that loading an adapter changes
+EXACT = ("class", "config_sha256", "weights_sha256")  # parts of an identity that must agree
 ROUNDING = {"float64": 0.0, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
@@ -100,6 +101,23 @@ def _adapter(name: str) -> str:
 
 
 # ---------------------------------------------------------------------- comparison
+def differing(made: Mapping[str, Any], here: Mapping[str, Any], parts: tuple[str, ...] = EXACT) -> str:
+    """The first part in which two identities (`model_identity`) differ, or ""."""
+    return next((part for part in parts if made[part] != here[part]), "")
+
+
+def both_sides(made: Mapping[str, Any], here: Mapping[str, Any], part: str) -> str:
+    """Two lines of an error message: an artifact's checkpoint and the one in use, with the part that differs."""
+    if part == "adapters":
+        return f"  artifact: {_names(made[part])}\n  model:    {_names(here[part])}"
+    part = "config_sha256" if part == "class" else part
+    what = part.split("_")[0]
+    return (
+        f"  artifact: {made['class']}, {made['dtype']}, {what} {made[part][:12]}\n"
+        f"  model:    {here['class']}, {here['dtype']}, {what} {here[part][:12]}"
+    )
+
+
 def check_model(artifact: Artifact, model: Any, *, strict: bool = True) -> None:
     """Compare the checkpoint in use with the one that an artifact was made on.
 
@@ -117,20 +135,20 @@ def check_model(artifact: Artifact, model: Any, *, strict: bool = True) -> None:
     made, here = artifact.meta.get("model"), model_identity(model)
     if made is None:
         raise ArtifactError(f"{artifact.file} does not say which checkpoint it was made on; calibrate again")
-    if (made["class"], made["config_sha256"]) != (here["class"], here["config_sha256"]):
-        raise ArtifactError(f"{artifact.file} was calibrated on another model.\n{_both(made, here, 'config_sha256')}")
-    if made["weights_sha256"] != here["weights_sha256"]:
-        if _same_in_other_precision(made, here):
-            _warn(f"{artifact.file} was calibrated in {made['dtype']}, the model here is in {here['dtype']}")
-        else:
-            text = f"{artifact.file} was calibrated on other weights.\n{_both(made, here, 'weights_sha256')}"
-            if strict:
-                raise ArtifactError(f"{text}\nCalibrate again, or pass strict=False if this is a fine-tune of it.")
-            _warn(text)
-    if made["adapters"] != here["adapters"]:
+    part = differing(made, here)
+    if part in ("class", "config_sha256"):
+        raise ArtifactError(f"{artifact.file} was calibrated on another model.\n{both_sides(made, here, part)}")
+    if part and _same_in_other_precision(made, here):
+        _warn(f"{artifact.file} was calibrated in {made['dtype']}, the model here is in {here['dtype']}")
+    elif part:
+        text = f"{artifact.file} was calibrated on other weights.\n{both_sides(made, here, part)}"
+        if strict:
+            raise ArtifactError(f"{text}\nCalibrate again, or pass strict=False if this is a fine-tune of it.")
+        _warn(text)
+    if differing(made, here, ("adapters",)):
         _warn(
-            f"{artifact.file}: the adapters differ.\n  artifact: {_names(made['adapters'])}\n"
-            f"  model:    {_names(here['adapters'])}\nThe calibrated data may not fit; calibrate with them loaded."
+            f"{artifact.file}: the adapters differ.\n{both_sides(made, here, 'adapters')}\n"
+            "The calibrated data may not fit; calibrate with them loaded."
         )
 
 
@@ -147,14 +165,6 @@ def _same_in_other_precision(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool
         return False
     limit = max(ROUNDING[a["dtype"]], ROUNDING[b["dtype"]])
     return bool(np.all(np.abs(x - y) <= limit * np.abs(x) + 1e-7))
-
-
-def _both(made: Mapping[str, Any], here: Mapping[str, Any], key: str) -> str:
-    what = key.split("_")[0]
-    return (
-        f"  artifact: {made['class']}, {made['dtype']}, {what} {made[key][:12]}\n"
-        f"  model:    {here['class']}, {here['dtype']}, {what} {here[key][:12]}"
-    )
 
 
 def _names(adapters: Mapping[str, str]) -> str:

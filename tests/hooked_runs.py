@@ -73,6 +73,25 @@ def embedder(module: torch.nn.Module) -> torch.nn.Module:
     raise AssertionError(f"no first layer known of {type(module).__name__}")
 
 
+def last_block(model: torch.nn.Module) -> torch.nn.Module:
+    """The last block of a transformer."""
+    name = next(n for n in ("single_transformer_blocks", "transformer_blocks", "blocks") if hasattr(model, n))
+    return getattr(model, name)[-1]
+
+
+def clean(module: torch.nn.Module) -> bool:
+    """Whether no part of a model has a hook, or a forward of its own."""
+    registries = (part.__dict__.get("_diffusers_hook") for part in module.modules())
+    return not any(r.hooks for r in registries if r) and not any("forward" in p.__dict__ for p in module.modules())
+
+
+def with_ddim(name: str) -> Any:
+    """A tiny pipeline whose own scheduler repeats timesteps, with one that does not."""
+    pipe = build(name)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
 def two_experts() -> Any:
     """Wan 2.2: two transformers, the second one for the second part of a run."""
     from diffusers import WanPipeline

@@ -65,7 +65,7 @@ class Runs:
         self, tag: str, batches: Sequence[Batch], cache: Cache, compensation: Compensation | None = None
     ) -> np.ndarray:
         """Last states with a cache."""
-        name = letters(tuple(map(int, cache.full_steps(self.steps))))
+        name = letters(cache.full_steps(self.steps))
         what = f"{tag}/{name}.{cache.forecast}{cache.level}{'' if compensation is None else '+vc'}"
         with cached(self.engine.pipe, cache):
             return ends(self.engine, what, batches, self.schedulers(compensation), self.steps)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..denoiser.cache import letters as letters
 from ..errors import OptionError
 
 Mask = tuple[int, ...]
@@ -102,11 +103,6 @@ def neighbours(mask: Mask) -> Iterator[Mask]:
                 moved = list(mask)
                 moved[i], moved[to] = 0, 1
                 yield tuple(moved)
-
-
-def letters(mask: Mask) -> str:
-    """`F..F` for (1, 0, 0, 1)."""
-    return "".join("F" if full else "." for full in mask)
 
 
 def _mask(steps: tuple[int, ...], n: int) -> Mask:

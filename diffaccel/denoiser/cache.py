@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,11 @@ LEVELS = ("stack", "sublayer", "deep")
 VARIABLES = ("step", "lam")
 CFG = ("joint", "separate")
 HIGHEST = 3  # order of a forecast; weights grow like (gap/spacing)**order
+
+
+def letters(full: Iterable[object]) -> str:
+    """Decisions as reports and artifacts have them: `F..F` for (1, 0, 0, 1)."""
+    return "".join("F" if yes else "." for yes in full)
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,7 @@ class Cache:
             return f"every({self.interval}, warmup={self.warmup}, tail={self.tail})"
         if self.kind == "first_block":
             return f"first_block({self.threshold:g}, max_run={self.max_run})"
-        return f"{self.kind}({''.join('F' if r else '.' for r in self.rows)})"
+        return f"{self.kind}({letters(self.rows)})"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; the artifact of `learned` is not among them."""

@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
+from .cache import letters
 from .extrapolation_report import Timer
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -49,7 +50,7 @@ class CacheReport:
         """The decision of one call."""
         told = self.decisions.setdefault(branch, [""] * rows)
         chosen = set(range(rows) if full is None else full)
-        self.decisions[branch] = [text + ("F" if r in chosen else ".") for r, text in enumerate(told)]
+        self.decisions[branch] = [text + letters([r in chosen]) for r, text in enumerate(told)]
         self.forwards["full" if len(chosen) == rows else "mixed" if chosen else "reused"] += 1
 
     @property

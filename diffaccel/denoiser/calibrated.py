@@ -13,12 +13,12 @@ import torch
 
 from ..artifact import Artifact
 from ..errors import ArtifactError
-from .cache import Cache
+from ..identity import EXACT, both_sides, differing
+from .cache import Cache, letters
 from .compensate import Compensation
 
 KIND = "cache"
 CHOICES = ("forecast", "level", "variable")  # of a cache, beside its mask
-MODEL = ("class", "config_sha256", "weights_sha256", "adapters")
 
 
 def key_of(pipe: Any, scheduler: Any, shape: tuple[int, ...], quant: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Calibrated:
         if not cache.static:
             raise ArtifactError(f"{self.artifact.file} serves policies that are known before the run, not {cache.name}")
         steps = int(self.artifact.meta["key"]["steps"])
-        mine = (text(cache.full_steps(steps)), cache.forecast, level, cache.variable)
+        mine = (letters(cache.full_steps(steps)), cache.forecast, level, cache.variable)
         known = [(run["decisions"], *(run["cache"][name] for name in CHOICES)) for run in self.runs]
         if mine not in known:
             told = "; ".join(_told(*k) for k in known)
@@ -134,17 +134,12 @@ class Calibrated:
             ArtifactError: naming the part that differs.
         """
         made = self.artifact.meta["model"]
-        for name in MODEL:
-            if made[name] != identity[name]:
-                raise ArtifactError(
-                    f"{self.artifact.file} was calibrated on another model: {name} differs.\n  artifact: "
-                    f"{_short(made[name])}\n  here:     {_short(identity[name])}\nCalibrate on this checkpoint."
-                )
-
-
-def text(full: tuple[bool, ...]) -> str:
-    """`F..F` of decisions."""
-    return "".join("F" if f else "." for f in full)
+        part = differing(made, identity, (*EXACT, "adapters"))
+        if part:
+            raise ArtifactError(
+                f"{self.artifact.file} was calibrated on another model: {part} differs.\n"
+                f"{both_sides(made, identity, part)}\nCalibrate on this checkpoint."
+            )
 
 
 def _told(decisions: str, forecast: int, level: str, variable: str) -> str:

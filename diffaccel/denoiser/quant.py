@@ -13,7 +13,7 @@ import torch
 
 from ..artifact import Artifact
 from ..errors import ArtifactError, OptionError, RunError, one_of
-from ..identity import model_identity
+from ..identity import both_sides, differing, model_identity
 from .contract import hooks_of
 
 MODES = {
@@ -291,9 +291,11 @@ def _listed(
     import torchao
 
     made, told = recipe.meta["model"], recipe.meta["quant"]
-    for what in ("class", "config_sha256", "weights_sha256"):
-        if made[what] != identity[what]:
-            raise ArtifactError(f"{recipe.file} belongs to another model: {what} {made[what]}, here {identity[what]}")
+    part = differing(made, identity)
+    if part:
+        raise ArtifactError(
+            f"{recipe.file} belongs to another model: {part} differs.\n{both_sides(made, identity, part)}"
+        )
     if told["torchao"] != torchao.__version__:
         raise ArtifactError(
             f"{recipe.file} was made with torchao {told['torchao']}, here is {torchao.__version__}, whose rounding may "

@@ -10,22 +10,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffaccel.denoiser.cache import Cache
+from diffaccel.denoiser.cache import Cache, letters
 from diffaccel.denoiser.cache_forecast import History, weights
 from diffaccel.denoiser.cache_policy import Watch, decide
 from diffaccel.errors import ArtifactError, OptionError, RunError
 
 
-def letters(cache: Cache, steps: int) -> str:
-    return "".join("F" if full else "." for full in cache.full_steps(steps))
+def plan(cache: Cache, steps: int) -> str:
+    return letters(cache.full_steps(steps))
 
 
 # ---------------------------------------------------------------------- which steps
 def test_steps_of_every():
-    assert letters(Cache.every(3), 12) == "FFFF..F..F.F"
-    assert letters(Cache.every(3, warmup=1, tail=0, forecast=0), 12) == "FF..F..F..F."
-    assert letters(Cache.every(3, warmup=0, tail=0, forecast=0), 9) == "F..F..F.."
-    assert letters(Cache.every(1), 5) == "FFFFF"
+    assert plan(Cache.every(3), 12) == "FFFF..F..F.F"
+    assert plan(Cache.every(3, warmup=1, tail=0, forecast=0), 12) == "FF..F..F..F."
+    assert plan(Cache.every(3, warmup=0, tail=0, forecast=0), 9) == "F..F..F.."
+    assert plan(Cache.every(1), 5) == "FFFFF"
 
 
 @given(n=st.integers(1, 6), warmup=st.integers(0, 5), tail=st.integers(0, 5), steps=st.integers(1, 60))
@@ -37,7 +37,7 @@ def test_every_is_its_formula_and_begins_full(n, warmup, tail, steps):
 
 
 def test_a_mask_is_what_it_says():
-    assert letters(Cache.mask([1, 1, 0, 1, 0], forecast=1), 5) == "FF.F."
+    assert plan(Cache.mask([1, 1, 0, 1, 0], forecast=1), 5) == "FF.F."
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def decisions(cache: Cache, values: list[list[float]], groups=()) -> list[str]:
     watch, found = Watch(), []
     for step, now in enumerate(values):
         found.append(decide(watch, torch.tensor(now)[:, None], cache, [step > 0] * len(now), list(groups), step))
-    return ["".join("F" if f[r] else "." for f in found) for r in range(len(values[0]))]
+    return [letters(f[r] for f in found) for r in range(len(values[0]))]
 
 
 def test_rows_decide_by_their_own_change():

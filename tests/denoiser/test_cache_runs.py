@@ -1,51 +1,24 @@
-"""Caches on unmodified pipelines: what runs, what is left behind, what is refused."""
+"""Caches on unmodified pipelines: what runs, and what is left behind."""
 
 from __future__ import annotations
 
-import copy
-import functools
 import statistics
 import threading
 
 import hooked_runs as runs
 import pytest
 import torch
-from accelerate import cpu_offload
-from accelerate.hooks import ModelHook as AccelerateHook
-from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-from diffusers import DDIMScheduler, FirstBlockCacheConfig, HeunDiscreteScheduler
-from diffusers.hooks import HookRegistry, ModelHook, TaylorSeerCacheConfig
-from torch._dynamo.utils import counters
+from cached_runs import gap
+from diffusers.hooks import TaylorSeerCacheConfig
 
-import diffaccel as da
 from diffaccel import models
 from diffaccel.denoiser.cache import Cache
-from diffaccel.denoiser.cache_attach import attach_cache, cached
-from diffaccel.errors import OptionError, RunError
+from diffaccel.denoiser.cache_attach import cached
+from diffaccel.errors import RunError
 from diffaccel.schedulers import TableScheduler
 from diffaccel.testing.pipelines import build, call_kwargs, denoiser
 
 each_case = pytest.mark.parametrize("case", list(runs.CASES))
-
-
-def gap(a, b):
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1))
-
-
-def clean(module: torch.nn.Module) -> bool:
-    """Whether no part of a model has a hook, or a forward of its own."""
-    parts = list(module.modules())
-    return not any("forward" in p.__dict__ or p.__dict__.get("_diffusers_hook", _NONE).hooks for p in parts)
-
-
-def with_ddim(name):
-    """A tiny pipeline whose own scheduler repeats timesteps, with one that does not."""
-    pipe = build(name)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    return pipe
-
-
-_NONE = type("Without", (), {"hooks": {}})
 
 
 # ---------------------------------------------------------------------- what runs
@@ -57,7 +30,7 @@ def test_all_full_is_every_bit_of_the_plain_run(case, level):
     for settings in (Cache.every(1, level=level), Cache.mask([1] * 6, level=level)):
         with cached(pipe, settings):
             assert torch.equal(runs.run(pipe, case, steps=6), before)
-    assert clean(denoiser(pipe))
+    assert runs.clean(denoiser(pipe))
     assert torch.equal(runs.run(pipe, case, steps=6), before)
 
 
@@ -65,7 +38,7 @@ def test_all_full_is_every_bit_of_the_plain_run(case, level):
 def test_parts_are_left_out_and_the_pipeline_comes_back(case):
     pipe = runs.made(case)
     model, branches = denoiser(pipe), runs.CASES[case][3]
-    inner = model.mid_block.resnets[0] if hasattr(model, "mid_block") else last_block(model)
+    inner = model.mid_block.resnets[0] if hasattr(model, "mid_block") else runs.last_block(model)
     before, seen = runs.run(pipe, case, steps=12), []
     inner.register_forward_hook(lambda *_: seen.append(1))
     with cached(pipe, Cache.every(3)) as handle:
@@ -79,19 +52,14 @@ def test_parts_are_left_out_and_the_pipeline_comes_back(case):
     assert {row for rows in report.decisions.values() for row in rows} == {"FFFF..F..F.F"}
     assert report.bytes > 0 and report.equal_calls is not None and report.parts >= 1
     assert torch.equal(first, again) and not torch.equal(first, before)
-    assert clean(model)
+    assert runs.clean(model)
     assert torch.equal(runs.run(pipe, case, steps=12), before)
-
-
-def last_block(model):
-    name = next(n for n in ("single_transformer_blocks", "transformer_blocks", "blocks") if hasattr(model, n))
-    return getattr(model, name)[-1]
 
 
 def by_hand(pipe, case, full, steps):
     """Reuse of the stack's residual, written with a patched `forward` of each block: no hook, no contract."""
     model, branches = denoiser(pipe), runs.CASES[case][3]
-    first, last = model.transformer_blocks[0], last_block(model)
+    first, last = model.transformer_blocks[0], runs.last_block(model)
     true_first, true_last = first.forward, last.forward
     count, kept, state = iter(range(10**6)), {}, {}
 
@@ -247,7 +215,7 @@ def test_another_batch_within_a_run_is_an_error():
 
 
 def test_a_run_that_begins_later_begins_full():
-    pipe = with_ddim("sd15_img2img")
+    pipe = runs.with_ddim("sd15_img2img")
     with cached(pipe, Cache.every(3)) as handle:
         pipe(**call_kwargs("sd15_img2img", num_inference_steps=16, strength=0.75))
     assert handle.report().decisions["0"] == ["FFFF..F..F.F"] * 2
@@ -265,7 +233,7 @@ def test_two_experts_have_caches_of_their_own():
     assert report.equal_calls == pytest.approx(cost / statistics.median(each["full"]) / 2)  # two branches a step
     assert len(first) + len(second) == 20 and len(second) > 5
     assert first.startswith("FFFF..F") and second.startswith("FFFF..F") and second.endswith("F")
-    assert clean(pipe.transformer) and clean(pipe.transformer_2)
+    assert runs.clean(pipe.transformer) and runs.clean(pipe.transformer_2)
 
 
 def test_few_steps_are_warned_about():
@@ -276,209 +244,6 @@ def test_few_steps_are_warned_about():
 
 def test_what_is_not_finite_is_not_carried_on():
     pipe = runs.made("flux")
-    last_block(denoiser(pipe)).proj_out.weight.data[0, 0] = float("nan")
+    runs.last_block(denoiser(pipe)).proj_out.weight.data[0, 0] = float("nan")
     with cached(pipe, Cache.every(3)), pytest.raises(RunError, match=r"step 0: .*single_transformer_blocks.0.*float32"):
         runs.run(pipe, "flux", 10)
-
-
-# ---------------------------------------------------------------------- other hooks
-def test_a_foreign_hook_below_stays():
-    pipe = runs.made("flux")
-    block = last_block(denoiser(pipe))
-    HookRegistry.check_if_exists_or_initialize(block).register_hook(ModelHook(), "foreign")
-    with cached(pipe, Cache.every(3)):
-        runs.run(pipe, "flux", 10)
-    assert list(block._diffusers_hook.hooks) == ["foreign"]
-    runs.run(pipe, "flux", 10)
-
-
-def test_a_foreign_hook_above_is_named_and_nothing_is_removed():
-    pipe = runs.made("flux")
-    block = last_block(denoiser(pipe))
-    before = runs.run(pipe, "flux", 10)
-    handle = attach_cache(pipe, Cache.every(3))
-    with_cache = runs.run(pipe, "flux", 10)
-    block._diffusers_hook.register_hook(ModelHook(), "foreign")
-    with pytest.raises(RunError, match="'foreign' was put on FluxSingleTransformerBlock"):
-        handle.remove()
-    assert torch.equal(runs.run(pipe, "flux", 10), with_cache)
-    block._diffusers_hook.remove_hook("foreign")
-    handle.remove()
-    assert clean(denoiser(pipe)) and torch.equal(runs.run(pipe, "flux", 10), before)
-
-
-def test_offloading_hooks_of_accelerate_stay_around():
-    pipe = runs.made("sd3")
-    before = runs.run(pipe, "sd3", 10)
-    handle = attach_cache(pipe, Cache.every(3))
-    with_cache = runs.run(pipe, "sd3", 10)
-    add_hook_to_module(denoiser(pipe), AccelerateHook())
-    assert torch.equal(runs.run(pipe, "sd3", 10), with_cache)
-    handle.remove()
-    assert torch.equal(runs.run(pipe, "sd3", 10), before)
-    remove_hook_from_module(denoiser(pipe))
-    assert all(clean(part) for part in denoiser(pipe).children())
-
-
-def test_offloaded_layers_of_accelerate_are_left_out_too():
-    pipe = runs.made("sd3")
-    with cached(pipe, Cache.every(3)):
-        expected = runs.run(pipe, "sd3", 10)
-    cpu_offload(denoiser(pipe), execution_device=torch.device("cpu"))
-    before = runs.run(pipe, "sd3", 10)
-    with cached(pipe, Cache.every(3)) as handle:
-        assert torch.equal(runs.run(pipe, "sd3", 10), expected)
-        assert handle.report().forwards["reused"] == 4
-    assert torch.equal(runs.run(pipe, "sd3", 10), before)
-
-
-def test_caches_of_diffusers_and_ours_are_refused():
-    pipe = runs.made("flux")
-    denoiser(pipe).enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(OptionError, match="disable_cache"):
-        attach_cache(pipe, Cache.every(3))
-    denoiser(pipe).disable_cache()
-    with da.extrapolate(pipe, "h2/s3"), pytest.raises(OptionError, match="'extrapolate' already"):
-        attach_cache(pipe, Cache.every(3))
-    with cached(pipe, Cache.every(3)), pytest.raises(OptionError, match="'quant_cache' already"):
-        attach_cache(pipe, Cache.every(3))
-    assert clean(denoiser(pipe))
-
-
-def test_group_offloading_and_cache_dit_are_refused():
-    pipe = runs.made("flux")
-    denoiser(pipe)._is_cached = True  # as cache-dit marks it
-    with pytest.raises(OptionError, match="cache-dit"):
-        attach_cache(pipe, Cache.every(3))
-    pipe, cpu = runs.made("flux"), torch.device("cpu")
-    denoiser(pipe).enable_group_offload(cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
-    with pytest.raises(OptionError, match="offloaded in groups"):
-        attach_cache(pipe, Cache.every(3))
-
-
-def test_a_copy_would_run_the_weights_of_the_original():
-    pipe = runs.made("flux")
-    with cached(pipe, Cache.every(3)), pytest.raises(OptionError, match="copied"):
-        copy.deepcopy(denoiser(pipe))
-    copy.deepcopy(denoiser(pipe))
-
-
-def test_two_calls_a_step_are_refused():
-    pipe = runs.made("sd15")
-    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
-    with cached(pipe, Cache.every(3)), pytest.raises(OptionError, match="2 model calls a step"):
-        runs.run(pipe, "sd15", 10)
-
-
-# ---------------------------------------------------------------------- layouts
-def test_control_between_blocks_needs_sublayers():
-    pipe = runs.made("flux")
-    model = denoiser(pipe)
-    true, extra = model.forward, torch.randn(1, 1, 1) * 0.1
-
-    @functools.wraps(true)
-    def controlled(*args, **kwargs):
-        return true(*args, controlnet_block_samples=[extra], **kwargs)
-
-    model.forward = controlled
-    with cached(pipe, Cache.every(3)), pytest.raises(OptionError, match="level='sublayer'"):
-        runs.run(pipe, "flux", 10)
-    with cached(pipe, Cache.every(3, level="sublayer")):
-        runs.run(pipe, "flux", 10)
-
-
-def test_controlnet_works_on_the_deep_part():
-    pipe = with_ddim("sd15_controlnet")
-    with cached(pipe, Cache.every(3)) as handle:
-        pipe(**call_kwargs("sd15_controlnet", num_inference_steps=10))
-    assert handle.report().forwards["reused"] == 4
-
-
-def test_models_of_other_layouts_say_what_was_found():
-    pipe = runs.made("flux")
-    with pytest.raises(OptionError, match="level='deep' is of UNets"):
-        attach_cache(pipe, Cache.every(3, level="deep"))
-    with pytest.raises(OptionError, match="level='stack' is of transformers"):
-        attach_cache(runs.made("sd15"), Cache.every(3, level="stack"))
-    del denoiser(pipe).single_transformer_blocks[0]
-    with pytest.raises(OptionError, match="two transformer blocks or more"):
-        attach_cache(pipe, Cache.every(3))
-    assert clean(denoiser(pipe))
-
-
-def test_models_without_weights_are_refused():
-    pipe = runs.made("flux")
-    pipe.transformer.to("meta")
-    with pytest.raises(OptionError, match="meta device"):
-        attach_cache(pipe, Cache.every(3))
-
-
-# ---------------------------------------------------------------------- compiled code
-@pytest.mark.parametrize("case", ["flux", "sd15"])
-@pytest.mark.parametrize("settings", [Cache.every(3), Cache.first_block(0.35)], ids=["every", "first_block"])
-def test_decisions_break_no_graph(case, settings):
-    pipe = runs.made(case)
-    torch._dynamo.reset()
-    counters.clear()
-    with cached(pipe, settings) as handle:
-        eager = runs.run(pipe, case, 10)
-        handle.compile(backend="eager", fullgraph=True)
-        compiled = runs.run(pipe, case, 10)
-        assert handle.report().forwards["reused"] > 0
-    assert torch.equal(eager, compiled)
-    assert not counters["graph_break"]
-    parts = 2 if case == "flux" else 3 + (settings.kind == "first_block")
-    assert counters["stats"]["unique_graphs"] == parts  # once each: no step and no decision is compiled in
-    assert clean(denoiser(pipe))
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("level", ["stack", "sublayer"])
-def test_blocks_compiled_by_others_are_refused(level):
-    pipe, settings = runs.made("flux"), Cache.every(3, level=level)
-    with cached(pipe, settings):
-        pipe.transformer.compile_repeated_blocks(backend="eager")
-        with pytest.raises(OptionError, match=r"transformer_blocks.0 is compiled.* the handle's compile\(\)"):
-            runs.run(pipe, "flux", 10)
-    with pytest.raises(OptionError, match=r"transformer_blocks.0 is compiled"):
-        attach_cache(pipe, settings)
-    pipe = runs.made("flux")
-    pipe.transformer.compile(backend="eager")
-    with pytest.raises(OptionError, match="the denoiser is compiled"):
-        attach_cache(pipe, settings)
-    pipe = runs.made("flux")
-    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
-    with pytest.raises(OptionError, match="compiled as a whole"):
-        attach_cache(pipe, settings)
-
-
-def test_compiled_layers_inside_of_a_part_stay_compiled():
-    pipe = runs.made("sd15")
-    with cached(pipe, Cache.every(3)):
-        expected = runs.run(pipe, "sd15", 10)
-    pipe.unet.compile_repeated_blocks(backend="eager")
-    with cached(pipe, Cache.every(3)):
-        assert torch.equal(runs.run(pipe, "sd15", 10), expected)
-    torch._dynamo.reset()
-
-
-# ---------------------------------------------------------------------- calibration's way in
-@pytest.mark.parametrize("case", ["flux-cfg", "sd3", "sd15"])
-@pytest.mark.parametrize("level", [None, "sublayer"])
-def test_forcing_the_true_values_gives_the_true_output(case, level):
-    pipe = runs.made(case)
-    before = runs.run(pipe, case, 4)
-    seen = []
-
-    def drive(probe):
-        output, values = probe.full()
-        forced = probe.forced(values)
-        moved = probe.forced([value + torch.randn_like(value) for value in values])
-        a, b, c = (v[0] if isinstance(v, tuple) else v for v in (output, forced, moved))
-        seen.append((probe.step, probe.branch, gap(a, b), gap(a, c)))
-        return output
-
-    with cached(pipe, Cache.every(3, level=level), drive):
-        assert torch.equal(runs.run(pipe, case, 4), before)
-    assert len(seen) == 4 * runs.CASES[case][3]
-    assert max(same for *_, same, _ in seen) < 1e-6 < min(other for *_, other in seen)

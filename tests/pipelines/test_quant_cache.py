@@ -11,6 +11,7 @@ import torch
 
 import diffaccel as da
 from diffaccel.artifact import Artifact
+from diffaccel.denoiser.cache import letters
 from diffaccel.denoiser.calibrated import key_of
 from diffaccel.errors import ArtifactError, OptionError, RunError
 from diffaccel.identity import model_identity
@@ -39,7 +40,7 @@ def artifact_for(pipe, case, cache, gain=1.02, learned=False, benefit=True, quan
     runs.run(pipe, case, STEPS, callback_on_step_end=see)
     shape = (STEPS, state["x"].shape[-1] if state["x"].ndim == 3 else state["x"].shape[1])
     run = {
-        "decisions": "".join("F" if f else "." for f in full), "mask": [int(f) for f in full],
+        "decisions": letters(full), "mask": [int(f) for f in full],
         "cache": {**cache.to_dict(), "level": level}, "full": sum(full), "learned": learned, "benefit": benefit,
         "compensated": True,
     }  # fmt: skip
