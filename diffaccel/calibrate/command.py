@@ -43,6 +43,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         if kind == "dc":
             p.add_argument("--sampler", metavar="NAME", help="unipc (default), dpmpp or ddim")
             p.add_argument("--grid", metavar="NAME", help="where the nodes are placed (default: the checkpoint's)")
+            p.add_argument(
+                "--objective", metavar="NAME", help="trajectory (default), or final: then the last state, too"
+            )
         p.set_defaults(run=run)
 
 
@@ -80,7 +83,7 @@ def _calibrate(args: argparse.Namespace, world: World) -> Artifact:
     function = getattr(calibrate, args.kind)
     known = inspect.signature(function).parameters
     options = key_values(args.set, "--set")
-    for name in ("calls", "sampler", "grid"):
+    for name in ("calls", "sampler", "grid", "objective"):
         if getattr(args, name, None) is not None:
             options[name] = getattr(args, name)
     if args.guidance is not None:

@@ -20,7 +20,7 @@ from ..samplers.registry import get
 from ..schedulers import TableScheduler
 from .captured import Captured
 from .cpr import fit_cpr
-from .dc_search import BOUNDS, EVALUATIONS, TEACHER, TOLERANCE, Search, Student, refined, teacher_states
+from .dc_search import BOUNDS, EVALUATIONS, OBJECTIVES, TEACHER, TOLERANCE, Search, Student, refined, teacher_states
 from .engine import Batch, Engine
 from .validate import FEWEST, STOCK, best_stock, ends, errors, over_processes, verdict
 
@@ -40,6 +40,7 @@ def dc(
     held_out: int = 32,
     teacher_calls: int = 100,
     bounds: tuple[float, float] = BOUNDS,
+    objective: str = "trajectory",
     call: Mapping[str, Any] | None = None,
     batch: int = 8,
     seed: int = 0,
@@ -64,6 +65,8 @@ def dc(
         pairs: calibration images. held_out: images for validation.
         teacher_calls: of the teacher (exact Adams, order 3), about.
         bounds: of a ratio.
+        objective: "trajectory": each ratio brings the next state nearer to the teacher's; "final": a second sweep then
+            brings the last state nearer, at about N/2 times as many calls.
         call: further arguments of the pipeline's call.
         batch: images in one pass.
         seed: of the first image.
@@ -75,14 +78,18 @@ def dc(
     """
     if not (len(bounds) == 2 and bounds[0] < 1 < bounds[1]):
         raise OptionError(f"bounds are two numbers around 1, got {bounds!r}")
+    one_of("objective", objective, OBJECTIVES)
     name = PARENTS[one_of("sampler", sampler, PARENTS)]
     parent = get(sampler)
     complete = parent.options(options)
     scales = list(guidance) if isinstance(guidance, Sequence) else [guidance]
-    if pairs < 2 or held_out < FEWEST or not calls or min(calls) < dc_order + 1:
+    processes = 1 if world is None else world.size
+    few = pairs < max(2, processes) or held_out < max(FEWEST, processes)
+    if few or not calls or min(calls) < dc_order + 1:
         raise OptionError(
-            f"dc needs 2 pairs, {FEWEST} held_out images (the interval is over them) and more calls than dc_order = "
-            f"{dc_order}, or more: got pairs={pairs}, held_out={held_out}, calls={list(calls)}"
+            f"dc needs 2 pairs, {FEWEST} held_out images (the interval is over them; one of each for a process) and "
+            f"more calls than dc_order = {dc_order}, or more: got pairs={pairs}, held_out={held_out}, "
+            f"calls={list(calls)}, {processes} process(es)"
         )
     chosen = {"grid": grid, "grid_options": dict(grid_options or {}) or None, "final_sigmas_type": final_sigmas_type}
     placed = {key: value for key, value in chosen.items() if value is not None}
@@ -95,15 +102,15 @@ def dc(
         "options": complete,
     }
     settings |= {"dc_order": dc_order, "pairs": pairs, "held_out": held_out, "teacher": teacher_calls, **placed}
-    settings["bounds"] = list(bounds)
+    settings |= {"bounds": list(bounds), "objective": objective}
     settings["model"] = model_identity(pipe)
     engine = Engine(
         pipe, prompts, call=call, batch=batch, seed=seed, out=out, settings=settings, progress=progress, world=world
     )
     runs: list[dict[str, Any]] = []
     tensors: dict[str, np.ndarray] = {}
-    expected = _expected(calls, len(scales), pairs, held_out, teacher_calls, dc_order) // engine.world.size
-    with engine.working(expected, "calibrate dc"):
+    expected = _expected(calls, len(scales), pairs, held_out, teacher_calls, dc_order, objective)
+    with engine.working(expected // engine.world.size, "calibrate dc"):
         for scale in scales:
             engine.guide(scale)
             finest, _ = nodes_of(engine, config, max(calls))
@@ -111,7 +118,7 @@ def dc(
             for n in calls:
                 nodes, shape = nodes_of(engine, config, n)
                 student = Student(name, sampler, complete, dc_order, config, nodes)
-                rho, run = _run(engine, student, scale, pairs, teacher_calls, bounds, held)
+                rho, run = _run(engine, student, scale, pairs, teacher_calls, (bounds, objective), held)
                 j = len(runs)
                 tensors[f"ratios_{j}"] = np.array(rho)
                 tensors[f"t_{j}"] = np.array([node.t for node in nodes[:-1]])
@@ -130,6 +137,7 @@ def dc(
         "guidance": scales[0] if len(scales) == 1 else None,
         "shape": shape,
         "calls": list(calls),
+        "objective": objective,
         "seeds": {"calibration": [seed, seed + pairs - 1], "held_out": [seed + pairs, seed + pairs + held_out - 1]},
         "torch": torch.__version__,
         "cost": cost,
@@ -150,9 +158,13 @@ def _label(calls: int, guidance: float | None) -> str:
     return f"{calls} calls" + ("" if guidance is None else f", guidance {guidance:g}")
 
 
-def _expected(calls: Sequence[int], scales: int, pairs: int, held_out: int, teacher: int, k: int) -> int:
+def _expected(
+    calls: Sequence[int], scales: int, pairs: int, held_out: int, teacher: int, k: int, objective: str
+) -> int:
     """Model calls, about; the bar's length."""
     searched = sum(pairs * (teacher + 2 * n + EVALUATIONS * max(0, n - 1 - k)) for n in calls)
+    if objective == "final":
+        searched += sum(pairs * (EVALUATIONS + 1) * sum(range(max(0, n - k))) for n in calls)
     return scales * (searched + held_out * (teacher + sum((2 + len(STOCK) // 2) * n for n in calls)))
 
 
@@ -195,14 +207,14 @@ def _run(
     guidance: float | None,
     pairs: int,
     teacher_calls: int,
-    bounds: Any,
+    how: tuple[tuple[float, float], str],
     held_out: Held,
 ) -> tuple[list[float], dict[str, Any]]:
-    """Search and validation of one number of calls: the ratios to ship, and what is known of them."""
+    """Search (`how`: bounds and objective) and validation of one number of calls: the ratios to ship, what is known."""
     n, tag = len(student), f"g{guidance}/N{len(student)}"
     batches, (held, last) = engine.batches(0, pairs), held_out
     teacher = teacher_states(engine, f"{tag}/teacher", batches, student, teacher_calls)
-    search = Search(engine, tag, student, batches, teacher, bounds)
+    search = Search(engine, tag, student, batches, teacher, *how)
     rho = search.ratios()
     target = teacher[:, -1]
     with_ = over_processes(engine, f"{tag}/train", errors(np.concatenate([z.numpy() for z in search.ends]), target))
@@ -219,7 +231,7 @@ def _run(
     found = verdict(*pair_)
     receipt: dict[str, Any] = {
         "searched ratios": [round(r, 4) for r in rho],
-        "of these at a bound": sum(min(abs(r - b) for b in bounds) < 2 * TOLERANCE for r in rho),
+        "of these at a bound": sum(min(abs(r - b) for b in how[0]) < 2 * TOLERANCE for r in rho),
         "calibration error": {"parent": float(without.mean()), "compensated": float(with_.mean())},
         "held-out error": found.to_json(),
         "best stock scheduler": best_stock(engine, f"{tag}/stock", held, last, n, engine.pipe.scheduler.config),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -23,6 +23,7 @@ from .engine import Batch, Engine
 BOUNDS = (0.3, 2.0)
 TOLERANCE = 1e-2
 EVALUATIONS = 12
+OBJECTIVES = ("trajectory", "final")
 GAIN = 0.99  # a ratio must bring the calibration loss below this share of what 1 gives
 
 Raw = tuple[torch.Tensor, torch.Tensor]  # (state as the model saw it, its output)
@@ -145,11 +146,18 @@ def _joined(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.
     return {key: np.concatenate([a[key], b[key]]) for key in a}
 
 
+def _squares(x: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:
+    """(sum of squares of the difference, how many numbers)."""
+    return float((x - target).square().sum()), float(x.numel())
+
+
 class Search:
-    """The greedy search of one run's ratios, node by node.
+    """The search of one run's ratios, node by node, by bounded Brent, at most 12 evaluations each.
 
     At node i the ratio minimises the squared distance to the teacher of the state at node i + 1 after its corrector
-    (the end of the run for the last node), by bounded Brent, at most 12 evaluations.
+    (the end of the run for the last node). With the objective "final" a second sweep follows, in which each ratio in
+    turn minimises the squared distance of the last state, the others as they are; an evaluation then takes the calls
+    of all later nodes.
 
     Args:
         engine: of the calibration.
@@ -158,6 +166,7 @@ class Search:
         batches: calibration images of this process.
         teacher: their `teacher_states`, (n, N + 1, ...).
         bounds: of a ratio.
+        objective: "trajectory" or "final".
     """
 
     def __init__(
@@ -168,8 +177,9 @@ class Search:
         batches: Sequence[Batch],
         teacher: np.ndarray,
         bounds: tuple[float, float] = BOUNDS,
+        objective: str = "trajectory",
     ) -> None:
-        self.bounds = bounds
+        self.bounds, self.objective = bounds, objective
         self.engine, self.tag, self.student, self.batches = engine, tag, student, batches
         edges = np.cumsum([0, *map(len, batches)])
         self.targets = [torch.tensor(teacher[a:b], dtype=torch.float64) for a, b in pairwise(edges)]
@@ -181,27 +191,66 @@ class Search:
         rho: list[float] = []
         raws = [[self._call(k, 0, None)] for k in range(len(self.batches))]
         for i in range(len(student)):
-            value = 1.0 if i < student.k else self._best(i, rho, raws)
-            rho.append(value)
+            rho.append(1.0 if i < student.k else self._next(i, rho, raws))
             if i + 1 < len(student):
                 for k, own in enumerate(raws):
                     own.append(self._call(k, i + 1, student.state(student.table(rho), own, i + 1)))
+        if self.objective == "final":
+            rho, raws = self._second_sweep(rho, raws)
         self.ends = [student.state(student.table(rho), own, len(student)) for own in raws]
         return rho
 
-    def _best(self, i: int, rho: list[float], raws: list[list[Raw]]) -> float:
-        def loss(value: float) -> float:
-            return self._loss(i, [*rho, float(value)], raws)
+    def _second_sweep(self, rho: list[float], raws: list[list[Raw]]) -> tuple[list[float], list[list[Raw]]]:
+        """The ratios again, each for the sake of the last state, and the calls of the run with them."""
+        for i in range(self.student.k, len(rho)):
+            before = rho[i]
+            rho = [*rho[:i], self._better(i, rho, raws), *rho[i + 1 :]]
+            if rho[i] != before:
+                raws = [self._rerun(k, i, rho, own) for k, own in enumerate(raws)]
+        return rho, raws
 
+    def _next(self, i: int, rho: list[float], raws: list[list[Raw]]) -> float:
+        return self._best(lambda value: self._loss(i, [*rho, value], raws))
+
+    def _better(self, i: int, rho: list[float], raws: list[list[Raw]]) -> float:
+        return self._best(lambda value: self._end_loss(i, value, rho, raws), rho[i])
+
+    def _best(self, loss: Callable[[float], float], *known: float) -> float:
+        """The ratio of the lowest loss within the bounds, if that is lower by 1 % than with 1; else 1."""
         plain = loss(1.0)
         limits = {"xatol": TOLERANCE, "maxiter": EVALUATIONS - 1}
-        found = minimize_scalar(loss, bounds=self.bounds, method="bounded", options=limits)
-        return float(found.x) if found.fun < GAIN * plain else 1.0
+        found = minimize_scalar(lambda v: loss(float(v)), bounds=self.bounds, method="bounded", options=limits)
+        least, value = min([(float(found.fun), float(found.x)), *((loss(v), v) for v in known)])
+        return value if least < GAIN * plain else 1.0
 
     def _loss(self, i: int, rho: list[float], raws: list[list[Raw]]) -> float:
-        key = f"{i}/{rho[-1].hex()}"
+        """Mean square of the state at node i + 1 after its corrector; `raws` are the calls up to node i."""
+        return self._mean(f"{i}/{rho[-1].hex()}", lambda k: self._distance(k, i, rho, raws[k]))
+
+    def _end_loss(self, i: int, value: float, rho: list[float], raws: list[list[Raw]]) -> float:
+        """Mean square of the last state with another ratio at node i; `raws` are the calls of the run with `rho`."""
+        student, changed = self.student, [*rho[:i], value, *rho[i + 1 :]]
+
+        def distance(k: int) -> tuple[float, float]:
+            own = self._rerun(k, i, changed, raws[k]) if value != rho[i] else raws[k]
+            x = student.state(student.table(changed), own, len(student))
+            return _squares(x, self.targets[k][:, -1])
+
+        return self._mean(f"final/{i}/{value.hex()}", distance)
+
+    def _rerun(self, k: int, i: int, rho: list[float], raws: list[Raw]) -> list[Raw]:
+        """The calls of a run with these ratios; those up to node i do not depend on the ratio there."""
+        student, made = self.student, raws[: i + 1]
+        table = student.table(rho)
+        for j in range(i + 1, len(student)):
+            x = student.state(table, made, j)
+            made.append(self.engine.output(self.batches[k], student.nodes[j], x, student.config))
+        return made
+
+    def _mean(self, key: str, distance: Callable[[int], tuple[float, float]]) -> float:
+        """The mean square over all processes of `distance(batch)` = (sum of squares, count); kept under `key`."""
         if key not in self.sums:
-            parts = [self._distance(k, i, rho, own) for k, own in enumerate(raws)]
+            parts = [distance(k) for k in range(len(self.batches))]
             self.sums[key] = [float(v) for v in np.sum(parts, axis=0)]
             self.engine.tick()
         # known or not, every process speaks: after a stop some may know more than others
@@ -217,7 +266,7 @@ class Search:
         if student.corrects(i + 1):
             raw = self.engine.output(self.batches[k], student.nodes[i + 1], x, student.config)
             x = student.corrected(rho, [*raws, raw], x)
-        return float((x - target).square().sum()), float(x.numel())
+        return _squares(x, target)
 
     def _call(self, k: int, i: int, x: torch.Tensor | None) -> Raw:
         """The call at node i of the run with the ratios found; kept for going on after a stop."""

@@ -152,9 +152,10 @@ def ems(
     one_of("method", method, (*METHODS, "auto"))
     one_of("reduce", reduce, (*REDUCE, "auto"))
     processes = 1 if world is None else world.size
-    if min(images, chosen_on) < max(2, processes) or held_out < FEWEST or nodes < 2 or not calls or min(calls) < 1:
+    few = min(images, chosen_on) < max(2, processes) or held_out < max(FEWEST, processes)
+    if few or nodes < 2 or not calls or min(calls) < 1:
         raise OptionError(
-            f"ems needs 2 nodes, 2 images and chosen_on (and one for each process), {FEWEST} held_out, and calls: got "
+            f"ems needs 2 nodes, 2 images and chosen_on, {FEWEST} held_out (one of each for a process), and calls: got "
             f"images={images}, chosen_on={chosen_on}, held_out={held_out}, nodes={nodes}, calls={list(calls)}"
         )
     config = TableScheduler.from_config(pipe.scheduler.config).config
@@ -218,16 +219,6 @@ def _expected(how: Measurement, calls: Sequence[int], chosen_on: int, held_out: 
     return made + held_out * (teacher + 8 * sum(calls))
 
 
-def _share(engine: Engine, first: int, count: int) -> list[Batch]:
-    """This process's batches of some images: smaller ones, where there would be too few for all processes."""
-    size = engine.batch
-    engine.batch = max(1, min(size, -(-count // engine.world.size)))
-    try:
-        return engine.batches(first, count)
-    finally:
-        engine.batch = size
-
-
 # ---------------------------------------------------------------------- measuring
 def _prepared(
     engine: Engine, config: Mapping[str, Any], lams: np.ndarray, asked: Measurement
@@ -257,7 +248,7 @@ def _prepared(
 
 
 def _measured(engine: Engine, config: Mapping[str, Any], lams: np.ndarray, how: Measurement) -> Tensors:
-    batches = _share(engine, 0, how.images)
+    batches = engine.batches(0, how.images)
 
     def work(batch: Batch) -> Tensors:
         take = _trajectory if how.points == "trajectory" else _forward
@@ -318,9 +309,9 @@ def _validated(
     """The setting to ship, and the receipt."""
     images, chosen_on, held_out = parts
     middle = sorted(calls)[len(calls) // 2]
-    trial = _Trial(engine, config, "choose", _share(engine, images, chosen_on), teacher_calls)
+    trial = _Trial(engine, config, "choose", engine.batches(images, chosen_on), teacher_calls)
     best = {name: trial.best(value, name, middle) for name, value in _kinds(statistics)}
-    final = _Trial(engine, config, "valid", _share(engine, images + chosen_on, held_out), teacher_calls)
+    final = _Trial(engine, config, "valid", engine.batches(images + chosen_on, held_out), teacher_calls)
     found: dict[int, Verdict] = {}
     receipt: dict[str, Any] = {}
     for n in calls:

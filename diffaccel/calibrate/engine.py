@@ -150,8 +150,12 @@ class Engine:
 
     # ------------------------------------------------------------------ batches
     def batches(self, first: int, count: int) -> list[Batch]:
-        """This process's share of the batches of images first..first + count - 1."""
-        numbers = [range(i, min(i + self.batch, first + count)) for i in range(first, first + count, self.batch)]
+        """This process's share of the batches of images first..first + count - 1.
+
+        They are smaller where there would be too few for all processes.
+        """
+        size = max(1, min(self.batch, count // self.world.size))
+        numbers = [range(i, min(i + size, first + count)) for i in range(first, first + count, size)]
         made = [
             Batch(k, tuple(self.prompts[i % len(self.prompts)] for i in part), tuple(self.seed + i for i in part))
             for k, part in enumerate(numbers)

@@ -59,9 +59,11 @@ def test_it_writes_an_artifact_and_prints_its_receipt(alone, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_same_ratios(alone, tmp_path):
+@pytest.mark.parametrize("batch", ["4", "16"], ids=["several batches", "one batch for all"])
+def test_two_processes_find_the_same_ratios(alone, tmp_path, batch):
     out = tmp_path / "dc.safetensors"
-    ranks = started([sys.executable, "-m", "diffaccel", "calibrate", "dc", "tiny-sd", "--out", str(out), *SMALL])
+    command = [sys.executable, "-m", "diffaccel", "calibrate", "dc", "tiny-sd", "--out", str(out), *SMALL]
+    ranks = started([*command, "--batch", batch])
     said = [rank.communicate(timeout=240)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     both, one = Artifact.load(out, "dc"), Artifact.load(alone, "dc")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mixture_pipe import mixture_pipe
+from ranks_in_threads import as_ranks
 
 from diffaccel import calibrate, models
 from diffaccel.artifact import Artifact
@@ -100,6 +101,40 @@ def test_each_ratio_is_the_best_of_a_brute_force_scan(sampler):
         assert best <= min(losses) * 1.01 or (rho[i] == 1 and min(losses) > 0.985 * plain)
 
 
+@pytest.mark.parametrize("sampler", ["unipc", "dpmpp"])
+def test_the_second_sweep_lowers_the_error_of_the_last_state(sampler):
+    """Its loss is that of whole runs by the pipeline; the ratio that was searched last is the best of a scan."""
+    pipe = mixture_pipe()
+    engine = Engine(pipe, ["0"], batch=16, progress=False)
+    student, batches = student_of(pipe, 6, sampler), engine.batches(0, 16)
+    teacher = teacher_states(engine, "t", batches, student, 60)
+
+    def loss(rho):
+        z = engine.run(batches[0], student.scheduler(rho), 6).double().numpy()
+        return float(np.mean((z - teacher[:, -1]) ** 2))
+
+    first = Search(engine, "a", student, batches, teacher).ratios()
+    made = Search(engine, "b", student, batches, teacher, objective="final")
+    rho = made.ratios()
+    assert loss(rho) < 0.9 * loss(first) and rho[:2] == [1.0, 1.0]
+    torch.testing.assert_close(
+        float((made.ends[0] - made.targets[0][:, -1]).square().mean()), loss(rho), rtol=1e-3, atol=0
+    )
+    scan = [loss([*rho[:5], float(r)]) for r in np.linspace(0.3, 2.0, 35)]  # the last of the sweep
+    assert loss(rho) <= 1.01 * min(scan)
+
+
+def test_the_objective_final_through_calibrate_dc():
+    found = run(mixture_pipe(), 6, grid="linspace", objective="final", held_out=16)
+    assert found.meta["objective"] == "final"
+    plain = run(mixture_pipe(), 6, grid="linspace", held_out=16)
+    errors = [m.receipt["6 calls"]["calibration error"]["compensated"] for m in (found, plain)]
+    assert errors[0] < errors[1] and found.meta["cost"]["calls"] > plain.meta["cost"]["calls"]
+    scheduler = DCSolverScheduler.from_config(mixture_pipe().scheduler.config, artifact=found)
+    scheduler.set_timesteps(6)
+    assert len(scheduler.table) == 6
+
+
 def test_the_corrected_state_is_that_of_the_paper():
     """Order 1: `x^c = x - alpha_t (e^-h - 1)/2 (P_t - m_s)`, m_s the replaced prediction, written out here."""
     engine = Engine(mixture_pipe(), ["0"], batch=4, progress=False)
@@ -152,8 +187,10 @@ def test_through_a_pipeline(name, tmp_path):
 
 
 # ---------------------------------------------------------------------- stopping
-def test_stopped_anywhere_it_goes_on_to_the_same_artifact(tmp_path, monkeypatch):
+@pytest.mark.parametrize("objective", ["trajectory", "final"])
+def test_stopped_anywhere_it_goes_on_to_the_same_artifact(tmp_path, monkeypatch, objective):
     options = {"calls": [4, 5], "held_out": 8, "pairs": 4, "batch": 2, "teacher_calls": 10, "progress": False}
+    options["objective"] = objective
 
     def make(out):
         return calibrate.dc(mixture_pipe(), ["0"], out=out, **options)
@@ -189,6 +226,19 @@ def test_stopped_anywhere_it_goes_on_to_the_same_artifact(tmp_path, monkeypatch)
         assert resumed.receipt[label] == whole.receipt[label]
     assert resumed.meta["cost"]["calls"] >= whole.meta["cost"]["calls"]
     assert not (tmp_path / "b.safetensors.partial").exists()
+
+
+@pytest.mark.parametrize("batch", [3, 64])
+def test_processes_share_the_work_also_where_one_batch_would_hold_all(batch):
+    options = {"calls": [4], "held_out": 9, "pairs": 5, "teacher_calls": 10, "progress": False, "batch": batch}
+    alone = calibrate.dc(mixture_pipe(), ["0"], **options)
+    both = as_ranks(2, lambda world: calibrate.dc(mixture_pipe(), ["0"], world=world, **options))
+    for made in both:
+        for name, values in alone.tensors.items():
+            np.testing.assert_allclose(made.tensors[name], values, atol=1e-9)
+        found, expected = (m.receipt["4 calls"]["held-out error"] for m in (made, alone))
+        assert found["images"] == 9 and found["calibrated"] == pytest.approx(expected["calibrated"], rel=1e-6)
+        assert made.meta["cost"]["calls"] == alone.meta["cost"]["calls"] + 2  # each asks twice where the nodes lie
 
 
 def test_a_stopped_calibration_of_other_settings_is_not_gone_on_with(tmp_path, monkeypatch):
@@ -242,6 +292,7 @@ def test_cpr_serves_other_numbers_of_calls_inside_its_box_only():
     ("options", "message"),
     [
         ({"sampler": "heun"}, "unknown sampler 'heun'"),
+        ({"objective": "last"}, "unknown objective 'last'"),
         ({"calls": [2]}, "more calls than dc_order"),
         ({"held_out": 4}, "8 held_out"),
         ({"eta": 0.5}, "takes no option 'eta'"),

@@ -182,6 +182,20 @@ def test_processes_share_the_batches_and_merge():
         np.testing.assert_array_equal(found[name], values)
 
 
+@pytest.mark.parametrize(
+    ("count", "size", "ranks"), [(16, 8, 3), (9, 8, 4), (5, 8, 2), (7, 2, 2), (4, 4, 4), (3, 9, 1)]
+)
+def test_every_process_has_a_batch_where_there_are_images_enough(count, size, ranks):
+    shares = []
+    for rank in range(ranks):
+        world = Two(rank, {})
+        world.size = ranks
+        engine = Engine(mixture_pipe(), ["0"], batch=size, progress=False, world=world)
+        shares.append(engine.batches(3, count))
+    assert all(shares) and all(len(b) <= size for share in shares for b in share)
+    assert sorted(s for share in shares for b in share for s in b.seeds) == list(range(3, 3 + count))
+
+
 def test_accumulation_goes_on_where_it_stopped(tmp_path):
     def engine():
         return Engine(mixture_pipe(), ["0"], batch=2, progress=False, out=tmp_path / "a")
