@@ -16,6 +16,7 @@ from ..artifact import Artifact, path_identity
 from ..core.path import Path
 from ..denoiser.cache import Cache
 from ..denoiser.cache_attach import cached
+from ..denoiser.cache_hook import FEW, WIDEST, refuse_wide
 from ..denoiser.calibrated import KIND, key_of
 from ..denoiser.compensate import FEWEST as FEWEST_FIT
 from ..denoiser.compensate import KINDS, Compensation
@@ -71,7 +72,8 @@ def cache(
         prompts: used in turn.
         calls: N, steps of the run.
         full: numbers of full steps to learn masks for; None: 2/5 of N; () for none.
-        cache: fixed policies to compensate too; None: `Cache.every(3, forecast=forecast)`; () for none.
+        cache: fixed policies to compensate too; None: `Cache.every(3, forecast=forecast)` (up to 8 steps `every(2)`);
+            () for none.
         forecast: of learned masks, 0 or 1.
         level: of the caches, as in `Cache`.
         quant: quantisation of the accelerated runs, as in `quant_cache`; the full runs stay in float.
@@ -91,7 +93,8 @@ def cache(
     """
     steps = one_budget("cache", calls)
     budgets = _budgets(full, steps)
-    fixed = [Cache.every(3, forecast=forecast)] if cache is None else [cache] if isinstance(cache, Cache) else [*cache]
+    usual = Cache.every(WIDEST if steps <= FEW else 3, forecast=forecast)
+    fixed = [usual] if cache is None else [cache] if isinstance(cache, Cache) else [*cache]
     _check(steps, budgets, fixed, forecast, compensation, images, select, fit, held_out, window)
     quant = Quant.of(quant)
     identity = model_identity(pipe)
@@ -305,6 +308,7 @@ def _check(
         if not policy.static:
             raise OptionError(f"{policy.name} decides during the run; a compensation belongs to decisions known before")
         policy.full_steps(steps)
+        refuse_wide(policy, steps)
 
 
 def _level(pipe: Any, forecast: int, level: str | None) -> str:

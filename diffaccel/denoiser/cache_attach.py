@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from ..errors import OptionError, RunError
 from .cache import Cache
+from .cache_forecast import expected_bytes
 from .cache_frame import Current
 from .cache_hook import CacheHook
 from .cache_layout import Layout, layout_of, refuse_compiled
 from .cache_parts import Block, Head, Member, Part
-from .cache_probe import Driver
+from .cache_probe import Driver, Probe
 from .cache_report import CacheReport
 from .clock import Clock, Run
 from .contract import PREFIX, attach, denoisers, detach, hooks_of, refuse_wrapped
 
 NAME = PREFIX + "quant_cache"
+
+
+class _Seen(Exception):
+    """The first step of a run was seen, and the rest of it is not needed."""
 
 
 class Attached:
@@ -32,6 +37,7 @@ class Attached:
         self._latest: CacheReport | None = None
         self._hooked: list[tuple[torch.nn.Module, str]] = []  # in the order of attachment
         self._parts: list[Part] = []
+        self._models: list[Any] = []
         models = denoisers(pipe)
         for name, model in models.items():
             _refuse(name, model)
@@ -70,6 +76,7 @@ class Attached:
         )
         attach(model, hook, NAME)
         self._hooked.append((model, NAME))
+        self._models.append(model)
         model._diffusers_hook.invalidate_child_registries_cache()  # type: ignore[union-attr,operator]
 
     def _put(self, module: torch.nn.Module, part: Part) -> None:
@@ -86,6 +93,44 @@ class Attached:
         """
         for part in self._parts:
             part.body = torch.compile(part.fn_ref.original_forward, **options)
+
+    def memory(self, run: Callable[[], Any]) -> int:
+        """Bytes that a run of the pipeline would keep at most, from its first step; the rest of it is not made.
+
+        Args:
+            run: begins the run.
+
+        Raises:
+            RunError: if the pipeline is driven by calibration, or never called its denoiser.
+        """
+        hooks: list[CacheHook] = [model._diffusers_hook.get_hook(NAME) for model in self._models]
+        if any(hook.drive is not None for hook in hooks):
+            raise RunError("the cache is driven by a calibration, which keeps nothing in it")
+        counted: dict[str, int] = {}
+
+        def drive(probe: Probe) -> Any:
+            if probe.step > probe.first:
+                raise _Seen
+            output, values = probe.full()
+            counted[probe.branch] = expected_bytes(values, self.settings.forecast)
+            return output
+
+        before = dict(vars(self._local)), self._latest
+        try:
+            for hook in hooks:
+                hook.drive = drive
+            run()
+        except _Seen:
+            pass
+        finally:
+            for hook in hooks:
+                hook.drive = None
+            vars(self._local).clear()  # no run was made that a report could tell of
+            vars(self._local).update(before[0])
+            self._latest = before[1]
+        if not counted:
+            raise RunError("the pipeline never called its denoiser, so nothing can be said about a cache on it")
+        return sum(counted.values())
 
     def report(self) -> CacheReport:
         """What was measured in this thread's last run (else in the last run of any thread).
@@ -126,6 +171,7 @@ class Attached:
             if hasattr(module, "_diffusers_hook"):
                 module._diffusers_hook.invalidate_child_registries_cache()  # type: ignore[union-attr,operator]
         self._parts.clear()
+        self._models.clear()
 
     def _report_of(self, run: Run) -> CacheReport:
         """The report of a run, which all denoisers of the pipeline share."""

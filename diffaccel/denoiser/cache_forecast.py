@@ -71,7 +71,7 @@ class History:
         if len(self.nodes) != total:
             self.nodes, self._values = [[] for _ in range(total)], []
         self._dtypes = [v.dtype for v in values]
-        kept = [v.detach().to(self._wide(v.dtype)) for v in values]
+        kept = [v.detach().to(_wide(v.dtype, self.order)) for v in values]
         if rows is None:
             self._values = [kept, *self._values[: self.order]]
         else:
@@ -115,6 +115,12 @@ class History:
             found.append(total.clone() if alone else total.to(dtype))
         return found
 
-    def _wide(self, dtype: torch.dtype) -> torch.dtype:
-        """Sums are made in float32 at least; a value that is only reused stays as it is."""
-        return torch.float32 if self.order and dtype in (torch.float16, torch.bfloat16) else dtype
+
+def expected_bytes(values: Sequence[torch.Tensor], order: int) -> int:
+    """Of a history that has taken in values such as these `order + 1` times or more."""
+    return (order + 1) * sum(v.numel() * _wide(v.dtype, order).itemsize for v in values)
+
+
+def _wide(dtype: torch.dtype, order: int) -> torch.dtype:
+    """Sums are made in float32 at least; a value that is only reused stays as it is."""
+    return torch.float32 if order and dtype in (torch.float16, torch.bfloat16) else dtype

@@ -22,7 +22,18 @@ from .contract import Call, DenoiserHook
 from .extrapolation_report import Timer
 from .rows import images_of
 
-FEW = 8  # steps; below, consecutive steps differ too much for a cache to gain
+FEW = 8  # steps; up to here, consecutive steps differ too much for a cache to gain
+WIDEST = 2  # interval at so few steps
+
+
+def refuse_wide(settings: Cache, steps: int) -> None:
+    """Raise `OptionError` for an interval over 2 at 8 steps or fewer: what it reuses lies too far away."""
+    if settings.kind == "every" and settings.interval > WIDEST and steps <= FEW:
+        raise OptionError(
+            f"{settings.name} at {steps} steps: up to {FEW} steps an interval of {WIDEST} is the largest, because full "
+            "steps lie far apart already. Use Cache.every(2), fewer steps without a cache, or a mask that "
+            "calibrate.cache learned"
+        )
 
 
 @dataclass
@@ -162,6 +173,8 @@ class CacheHook(DenoiserHook):
         first = report.first if settings.kind in ("mask", "learned") else run.first
         steps = run.steps - first
         plan = settings.full_steps(steps)[run.first - first :] if settings.static and self.drive is None else None
+        if self.drive is None:
+            refuse_wide(settings, steps)
         if steps <= FEW and self.drive is None and plan is not None and not all(plan):
             text = f"{steps} steps: a cache gains little where steps are few and far apart; compare with fewer calls"
             report.note(text)
@@ -240,7 +253,7 @@ class DrivenCall:
 
     def __init__(self, hook: CacheHook, call: Call, state: State, branch: Branch) -> None:
         self._hook, self._call, self._state, self._branch = hook, call, state, branch
-        self.step, self.steps, self.branch = call.step, call.run.steps, call.branch
+        self.step, self.first, self.steps, self.branch = call.step, call.run.first, call.run.steps, call.branch
         self.opens, self.sample = call.opens, call.sample
 
     def full(self) -> tuple[Any, list[torch.Tensor]]:

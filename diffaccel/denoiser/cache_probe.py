@@ -12,7 +12,8 @@ class Probe(Protocol):
     """One call of a denoiser under a cache, in place of which a driver answers (`attach_cache(..., drive=...)`).
 
     Attributes:
-        step: 0..steps - 1.
+        step: first..steps - 1.
+        first: of the run, above 0 where it begins later (image to image).
         steps: of the run.
         branch: of the call, as in `contract.Call`.
         opens: whether it is the first call of its step.
@@ -20,6 +21,7 @@ class Probe(Protocol):
     """
 
     step: int
+    first: int
     steps: int
     branch: str
     opens: bool

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..artifact import Artifact
 from ..errors import ArtifactError, OptionError, RunError, one_of
 from ..identity import both_sides, differing, model_identity
 from .contract import hooks_of
+from .quant_scale import MOST, MOST_REDUCED, forget, largest, unwatch, watch
 
 MODES = {
     "w8a8": "int8 weights a channel, int8 activations a token",
@@ -71,6 +72,8 @@ class Quantised:
         identity: of the checkpoint, read before (`identity.model_identity`).
         layers: names of the quantised layers.
         skipped: reason -> names of the linear layers that stay.
+        reduced: half of int8's range is used: without VNNI the CPU's int8 products would overflow, in silence.
+        run_of: an object that is another one for each run; the largest scale is that of the last one.
     """
 
     module: torch.nn.Module
@@ -78,9 +81,13 @@ class Quantised:
     identity: dict[str, Any]
     layers: list[str]
     skipped: dict[str, list[str]]
+    reduced: bool = False
+    run_of: Callable[[], Any] | None = None
     _weights: dict[str, torch.nn.Parameter] = field(default_factory=dict, repr=False)
     _float: tuple[torch.nn.Module, str, torch.dtype] | None = field(default=None, repr=False)
     _guard: Any = field(default=None, repr=False)
+    _watches: list[Any] = field(default_factory=list, repr=False)
+    _run: Any = field(default=None, repr=False)
 
     def __str__(self) -> str:
         stay = "; ".join(f"{len(names)} {reason}" for reason, names in self.skipped.items())
@@ -96,7 +103,19 @@ class Quantised:
             "backend": self.quant.backend,
             "torchao": torchao.__version__,
             "layers": self.layers,
+            "reduced": self.reduced,
         }
+
+    @property
+    def scale(self) -> tuple[float, str] | None:
+        """The largest scale of an activation in the last run (the step between two of its values), and its layer.
+
+        None where activations are not quantised; 0 before the first run.
+        """
+        if not self._watches:
+            return None
+        peak, name = largest(self.module, self.layers)
+        return peak / (MOST_REDUCED if self.reduced else MOST[self.quant.mode]), name
 
     def save(self, path: str | os.PathLike[str]) -> Artifact:
         """Write the recipe, an artifact of kind "quant"; `quantise(module, path)` follows it."""
@@ -137,6 +156,8 @@ class Quantised:
             raise RunError("the float weights were freed (keep_float=False); load the pipeline again")
         self._guard.remove()
         self._guard = None
+        unwatch(self.module, self.layers if self._watches else (), self._watches)
+        self._watches = []
         for name, weight in self._weights.items():
             layer = self.module.get_submodule(name)
             weight.data = weight.data.to(layer.weight.device)  # type: ignore[arg-type]
@@ -145,8 +166,13 @@ class Quantised:
         self._weights.clear()
 
     def _before(self, *_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.check()
+        if torch.compiler.is_compiling():
+            return
+        self.check()
+        now = None if self.run_of is None else self.run_of()
+        if self._watches and now is not self._run:
+            self._run = now
+            forget(self.module, self.layers)
 
 
 def quantise(module: torch.nn.Module, quant: Quant | Artifact | str | os.PathLike[str]) -> Quantised:
@@ -174,13 +200,20 @@ def quantise(module: torch.nn.Module, quant: Quant | Artifact | str | os.PathLik
     identity = model_identity(module)
     layers, skipped = _chosen(module, quant) if recipe is None else _listed(module, recipe, identity)
     weights = {name: module.get_submodule(name).weight for name in layers}
-    done = Quantised(module, quant, identity, layers, skipped)
-    _apply(module, quant.mode, set(layers))
+    reduced = _reduced(quant.mode, next(module.parameters()).device)
+    if recipe is not None and recipe.meta["quant"]["reduced"] != reduced:
+        raise ArtifactError(
+            f"{recipe.file} was made {'without' if reduced else 'with'} int8 products that overflow (a CPU without "
+            f"VNNI), here it is {'with' if reduced else 'without'} them: the answers would differ. Quantise anew"
+        )
+    done = Quantised(module, quant, identity, layers, skipped, reduced)
+    _apply(module, quant.mode, set(layers), reduced)
     if quant.keep_float:
         for weight in weights.values():
             weight.data = weight.data.cpu()
         done._weights = weights  # type: ignore[assignment]
     done._float = _witness(module)
+    done._watches = watch(module, layers) if quant.mode in MOST else []
     done._guard = module.register_forward_pre_hook(done._before)
     return done
 
@@ -316,15 +349,25 @@ def _recipe_of(source: Artifact | str | os.PathLike[str]) -> Artifact:
 
 
 # ---------------------------------------------------------------------- torchao
-def _apply(module: torch.nn.Module, mode: str, layers: set[str]) -> None:
+def _reduced(mode: str, device: torch.device) -> bool:
+    """Whether int8 products overflow on this processor unless half of the range is left out."""
     try:
-        from torchao import quantization as ao
+        from torchao.utils import should_reduce_range
     except ImportError as error:
-        raise OptionError(f"quant={mode!r} needs torchao: pip install 'diffaccel[quant]' ({error})") from None
+        raise OptionError(
+            f"quant={mode!r} needs torchao 0.18 or newer: pip install 'diffaccel[quant]' ({error})"
+        ) from None
+    return mode == "w8a8" and bool(should_reduce_range(device))
+
+
+def _apply(module: torch.nn.Module, mode: str, layers: set[str], reduced: bool) -> None:
+    from torchao import quantization as ao
+
     if mode == "fp8":
         config: Any = ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())
     else:
-        config = ao.Int8DynamicActivationInt8WeightConfig() if mode == "w8a8" else ao.Int8WeightOnlyConfig()
+        int8 = ao.Int8DynamicActivationInt8WeightConfig
+        config = int8(reduce_range=reduced) if mode == "w8a8" else ao.Int8WeightOnlyConfig()
     ao.quantize_(module, config, filter_fn=lambda part, name: name in layers)
 
 

@@ -33,12 +33,15 @@ class QuantCacheReport:
     Attributes:
         cache: the cache's own report; None without one.
         quantised: denoiser -> which layers were quantised and which were not.
+        scales: denoiser -> largest scale of a quantised activation (the step between two of its values), and the
+            layer that needed it.
         gains: smallest and largest gain of the variance compensation; None without one.
         compensated: steps that were corrected.
     """
 
     cache: CacheReport | None
     quantised: dict[str, str]
+    scales: dict[str, tuple[float, str]]
     gains: tuple[float, float] | None
     compensated: int
 
@@ -47,6 +50,7 @@ class QuantCacheReport:
         return {
             "cache": None if self.cache is None else self.cache.to_dict(),
             "quantised": self.quantised,
+            "largest_activation_scale": self.scales,
             "gains": self.gains,
             "compensated": self.compensated,
         }
@@ -54,6 +58,7 @@ class QuantCacheReport:
     def __str__(self) -> str:
         lines = [] if self.cache is None else [str(self.cache)]
         lines += [f"{name} {text}" for name, text in self.quantised.items()]
+        lines += [f"{name} largest scale of an activation {s:.4g}, in {at}" for name, (s, at) in self.scales.items()]
         if self.gains is not None:
             low, high = self.gains
             lines.append(f"variance compensation after {self.compensated} steps, gains {low:.4g} to {high:.4g}")
@@ -85,7 +90,8 @@ class QuantCache:
             self._calibrated.check_identity(model_identity(self.pipe))
         if quant is not None:
             for name, model in models.items():
-                self._quantised[name] = quantise(model, quant)
+                self._quantised[name] = done = quantise(model, quant)
+                done.run_of = lambda: self.pipe.scheduler.timesteps
         if cache is not None:
             self._cache = attach_cache(self.pipe, cache)
         if self._calibrated is not None and cache is not None and self._cache is not None:
@@ -100,6 +106,19 @@ class QuantCache:
         if self._cache is None and not self._quantised:
             raise RunError("this wrapper was removed")
         return self.pipe(*args, **kwargs)
+
+    def memory(self, *args: Any, **kwargs: Any) -> int:
+        """Bytes that `pipe(*args, **kwargs)` would keep in its cache at most, told before anything is kept.
+
+        The pipeline begins that run and stops after its first step; nothing is cached. No other thread may use the
+        pipeline meanwhile.
+
+        Raises:
+            OptionError: without a cache.
+        """
+        if self._cache is None:
+            raise OptionError("there is no cache, so nothing is kept; memory() is of quant_cache(pipe, cache=...)")
+        return self._cache.memory(lambda: self.pipe(*args, **kwargs))
 
     def compile(self, **options: Any) -> None:
         """Compile the parts that the cache runs or leaves out, each by itself; its decisions stay outside.
@@ -128,6 +147,7 @@ class QuantCache:
         return QuantCacheReport(
             None if self._cache is None else self._cache.report(),
             {name: str(done) for name, done in self._quantised.items()},
+            {name: done.scale for name, done in self._quantised.items() if done.scale is not None},
             None if self._compensation is None else self._compensation.range,
             getattr(self._local, "steps", 0),
         )

@@ -270,7 +270,7 @@ def test_the_command(tmp_path, capsys):
     few = [f"--set={k}={v}" for k, v in FEW.items() if k != "guidance"]
     command = ["calibrate", "cache", "tiny-sd", "--out", str(out), "--calls", "6", "--guidance", "1", "--cpu", *few]
     assert main([*command, "--set", "full=()", "--set", "forecast=0"]) == 0
-    assert "every(3, warmup=3, tail=1)" in capsys.readouterr().out
+    assert "every(2, warmup=3, tail=1)" in capsys.readouterr().out
     assert Artifact.load(out, "cache").meta["key"]["steps"] == 6
     assert main([*command, "--set", "forecast=2"]) == 2
     assert "order 0 and 1" in capsys.readouterr().err
@@ -289,6 +289,7 @@ def test_the_command(tmp_path, capsys):
         ({"full": (), "cache": ()}, "nothing to calibrate"),
         ({"full": (), "compensation": "none"}, "nothing to calibrate"),
         ({"calls": (10, 20)}, "one number of calls"),
+        ({"calls": 8, "cache": Cache.every(3)}, "up to 8 steps an interval of 2"),
     ],
 )
 def test_refusals(pipe, options, text):

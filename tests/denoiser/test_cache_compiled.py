@@ -8,6 +8,7 @@ import torch
 from cached_runs import gap
 from torch._dynamo.utils import counters
 
+import diffaccel as da
 from diffaccel.denoiser.cache import Cache
 from diffaccel.denoiser.cache_attach import attach_cache, cached
 from diffaccel.errors import OptionError
@@ -31,6 +32,22 @@ def test_decisions_break_no_graph(case, settings):
     parts = 2 if case == "flux" else 3 + (settings.kind == "first_block")
     assert counters["stats"]["unique_graphs"] == parts  # once each: no step and no decision is compiled in
     assert runs.clean(denoiser(pipe))
+    torch._dynamo.reset()
+
+
+def test_quantised_blocks_compile_without_breaks_and_their_scales_are_seen():
+    pipe = runs.made("flux")
+    torch._dynamo.reset()
+    counters.clear()
+    with da.quant_cache(pipe, cache=Cache.every(3), quant=da.Quant("w8a8", min_features=16)) as h:
+        eager = runs.run(pipe, "flux", 10)
+        scale = h.report().scales["transformer"]
+        h.compile(backend="eager", fullgraph=True)
+        assert gap(runs.run(pipe, "flux", 10), eager) < 1e-5
+        assert h.report().scales["transformer"] == (pytest.approx(scale[0]), scale[1])
+        runs.run(pipe, "flux", 10, guidance_scale=30.0)
+        assert h.report().scales["transformer"][0] != pytest.approx(scale[0])  # compiled code goes on seeing them
+    assert not counters["graph_break"]
     torch._dynamo.reset()
 
 

@@ -13,6 +13,7 @@ from diffaccel.denoiser.quant import Quant, quantise
 from diffaccel.errors import ArtifactError, OptionError, RunError
 
 pytest.importorskip("torchao", reason="the extra 'quant' is not installed")
+from torchao.quantization import PerRow
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,33 @@ def test_a_recipe_of_another_checkpoint(model, original, tmp_path):
         other.proj_out_2.weight.add_(1.0)
     with pytest.raises(ArtifactError, match="weights_sha256"):
         quantise(other, tmp_path / "recipe.safetensors")
+
+
+def test_where_int8_products_overflow_half_of_the_range_is_used(model, original, tmp_path, monkeypatch):
+    """A CPU without VNNI: pairs of products are summed in 16 bits."""
+    before = answer(model)
+    monkeypatch.setattr("torchao.utils.should_reduce_range", lambda device: device.type == "cpu")
+    done = quantise(model, "w8a8")
+    first = model.transformer_blocks[0].attn1.to_q
+    assert int(first.weight.qdata.min()) >= -64 and int(first.weight.qdata.max()) == 63
+    assert 1e-5 < relative(answer(model), before) < 2e-2
+    assert done.scale[0] * 63.5 == pytest.approx(float(model.get_submodule(done.scale[1]).diffaccel_peak))
+    done.save(tmp_path / "recipe.safetensors")
+    monkeypatch.undo()
+    monkeypatch.setattr("torchao.utils.should_reduce_range", lambda device: False)
+    with pytest.raises(ArtifactError, match="VNNI"):
+        quantise(copy.deepcopy(original), tmp_path / "recipe.safetensors")
+
+
+def test_scales_are_those_that_torchao_computes(model):
+    done = quantise(model, "w8a8")
+    layer = model.get_submodule(done.layers[3])
+    seen = []
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    answer(model)
+    made = type(layer.weight).from_hp(seen[0], PerRow())
+    assert float(layer.diffaccel_peak) / 127.5 == pytest.approx(float(made.scale.max()), rel=1e-6)
+    assert done.scale[0] >= float(made.scale.max())
 
 
 # ---------------------------------------------------------------------- refusals

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import hooked_runs as runs
 import numpy as np
@@ -148,6 +149,76 @@ def test_steps_that_go_up_in_noise_are_full_and_carry_nothing_over():
     levels = [float(s) for s in pipe.scheduler.sigmas[:-1]]
     ups = [i for i in range(1, len(levels)) if levels[i] > levels[i - 1]]
     assert ups and all(letters[i] == "F" for i in ups)
+
+
+# ---------------------------------------------------------------------- told before the run
+@pytest.mark.parametrize("case", ["sd15", "sd3", "flux-cfg", "qwen", "wan"])
+@pytest.mark.parametrize(("level", "forecast"), [(None, 0), (None, 1), ("sublayer", 2)])
+def test_memory_is_told_before_anything_is_kept(case, level, forecast):
+    pipe = runs.made(case)
+    name, _, more, branches = runs.CASES[case]
+    model = denoiser(pipe)
+    with da.quant_cache(pipe, cache=da.Cache.every(3, forecast=forecast, level=level)) as h:
+        with runs.counted(model) as seen:
+            told = h.memory(**call_kwargs(name, num_inference_steps=12, **more))
+        assert len(seen) <= 2 * branches  # one step, and perhaps the beginning of the next
+        with pytest.raises(RunError, match="no run was made"):
+            h.report()
+        first = runs.run(pipe, case, 12)
+        assert h.report().cache.bytes == told > 0
+        assert h.memory(**call_kwargs(name, num_inference_steps=12, **more)) == told
+        assert h.report().cache.steps == 12  # still the run before
+        assert torch.equal(runs.run(pipe, case, 12), first)
+
+
+def test_memory_in_half_precision_counts_float32_sums():
+    pipe = runs.made("flux").to(torch.bfloat16)
+    given = call_kwargs("flux", num_inference_steps=12)
+    with da.quant_cache(pipe, cache=da.Cache.every(3)) as h:
+        told = h.memory(**given)
+        h(**given)
+        assert h.report().cache.bytes == told
+    with da.quant_cache(pipe, cache=da.Cache.every(3, forecast=0)) as h:
+        assert told == 4 * h.memory(**given)
+    with da.quant_cache(runs.made("flux"), quant=QUANT) as h, pytest.raises(OptionError, match="no cache"):
+        h.memory(**given)
+
+
+def test_the_largest_scale_of_an_activation_is_that_of_the_last_run():
+    pipe, seen = runs.made("flux"), {}
+    with da.quant_cache(pipe, cache=da.Cache.every(3), quant=QUANT) as h:
+        layers = {name: part for name, part in denoiser(pipe).named_modules() if hasattr(part, "diffaccel_peak")}
+        for name, part in layers.items():
+            part.register_forward_pre_hook(
+                lambda _, args, name=name: seen.__setitem__(name, max(seen.get(name, 0.0), float(args[0].abs().max())))
+            )
+        runs.run(pipe, "flux", STEPS, guidance_scale=30.0)
+        large = h.report().scales["transformer"]
+        seen.clear()
+        runs.run(pipe, "flux", STEPS)
+        scale, layer = h.report().scales["transformer"]
+        assert len(layers) > 5 and layer in layers and f"{scale:.4g}, in {layer}" in str(h.report())
+        assert h.report().to_dict()["largest_activation_scale"]["transformer"] == (scale, layer)
+        assert scale == pytest.approx(max(seen.values()) / 127.5, rel=1e-6) and layer == max(seen, key=seen.get)
+        assert scale != large[0]
+    assert not any(hasattr(part, "diffaccel_peak") for part in denoiser(pipe).modules())
+    with da.quant_cache(pipe, quant=da.Quant("w8", min_features=16)) as h:
+        runs.run(pipe, "flux", STEPS)
+        assert h.report().scales == {}  # only weights are quantised
+
+
+@pytest.mark.parametrize("case", ["sd15", "flux"])
+def test_wide_intervals_at_few_steps_are_refused(case):
+    pipe = runs.made(case)
+    with da.quant_cache(pipe, cache=da.Cache.every(3)):
+        with pytest.raises(OptionError, match=r"every\(3, .*at 8 steps.*every\(2\)"):
+            runs.run(pipe, case, 8)
+        runs.run(pipe, case, 9)
+    mask = da.Cache.mask([1, 1, 0, 0, 0, 1, 0, 1])
+    for settings in (da.Cache.every(2), da.Cache.every(1), mask):  # a mask says what it means
+        with warnings.catch_warnings(), da.quant_cache(pipe, cache=settings):
+            warnings.simplefilter("ignore")
+            runs.run(pipe, case, 8)
 
 
 # ---------------------------------------------------------------------- calibrated
