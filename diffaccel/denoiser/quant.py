@@ -15,7 +15,7 @@ from ..artifact import Artifact
 from ..errors import ArtifactError, OptionError, RunError, one_of
 from ..identity import both_sides, differing, model_identity
 from .contract import hooks_of
-from .quant_scale import MOST, MOST_REDUCED, forget, largest, unwatch, watch
+from .quant_scale import MOST, MOST_REDUCED, Scales
 
 MODES = {
     "w8a8": "int8 weights a channel, int8 activations a token",
@@ -86,7 +86,8 @@ class Quantised:
     _weights: dict[str, torch.nn.Parameter] = field(default_factory=dict, repr=False)
     _float: tuple[torch.nn.Module, str, torch.dtype] | None = field(default=None, repr=False)
     _guard: Any = field(default=None, repr=False)
-    _watches: list[Any] = field(default_factory=list, repr=False)
+    _modules: dict[str, Any] = field(default_factory=dict, repr=False)  # an adapter may take their place in the model
+    _scales: Scales | None = field(default=None, repr=False)
     _run: Any = field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -112,10 +113,7 @@ class Quantised:
 
         None where activations are not quantised; 0 before the first run.
         """
-        if not self._watches:
-            return None
-        peak, name = largest(self.module, self.layers)
-        return peak / (MOST_REDUCED if self.reduced else MOST[self.quant.mode]), name
+        return None if self._scales is None else self._scales.largest()
 
     def save(self, path: str | os.PathLike[str]) -> Artifact:
         """Write the recipe, an artifact of kind "quant"; `quantise(module, path)` follows it."""
@@ -156,11 +154,12 @@ class Quantised:
             raise RunError("the float weights were freed (keep_float=False); load the pipeline again")
         self._guard.remove()
         self._guard = None
-        unwatch(self.module, self.layers if self._watches else (), self._watches)
-        self._watches = []
+        if self._scales is not None:
+            self._scales.remove()
+            self._scales = None
         for name, weight in self._weights.items():
-            layer = self.module.get_submodule(name)
-            weight.data = weight.data.to(layer.weight.device)  # type: ignore[arg-type]
+            layer = self._modules[name]
+            weight.data = weight.data.to(layer.weight.device)
             layer.weight = weight
             layer.__dict__.pop("extra_repr", None)  # torchao's
         self._weights.clear()
@@ -170,9 +169,9 @@ class Quantised:
             return
         self.check()
         now = None if self.run_of is None else self.run_of()
-        if self._watches and now is not self._run:
+        if self._scales is not None and now is not self._run:
             self._run = now
-            forget(self.module, self.layers)
+            self._scales.forget()
 
 
 def quantise(module: torch.nn.Module, quant: Quant | Artifact | str | os.PathLike[str]) -> Quantised:
@@ -199,7 +198,8 @@ def quantise(module: torch.nn.Module, quant: Quant | Artifact | str | os.PathLik
     _refuse(module, quant)
     identity = model_identity(module)
     layers, skipped = _chosen(module, quant) if recipe is None else _listed(module, recipe, identity)
-    weights = {name: module.get_submodule(name).weight for name in layers}
+    modules = {name: module.get_submodule(name) for name in layers}
+    weights = {name: part.weight for name, part in modules.items()}
     reduced = _reduced(quant.mode, next(module.parameters()).device)
     if recipe is not None and recipe.meta["quant"]["reduced"] != reduced:
         raise ArtifactError(
@@ -213,7 +213,9 @@ def quantise(module: torch.nn.Module, quant: Quant | Artifact | str | os.PathLik
             weight.data = weight.data.cpu()
         done._weights = weights  # type: ignore[assignment]
     done._float = _witness(module)
-    done._watches = watch(module, layers) if quant.mode in MOST else []
+    done._modules = modules
+    if quant.mode in MOST:
+        done._scales = Scales(modules, MOST_REDUCED if reduced else MOST[quant.mode])
     done._guard = module.register_forward_pre_hook(done._before)
     return done
 

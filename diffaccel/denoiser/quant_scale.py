@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,38 +13,41 @@ MOST_REDUCED = 63.5  # of w8a8 where only half of int8's range can be used
 PEAK = "diffaccel_peak"  # a buffer of each layer: it goes along to other devices, and not into state dicts
 
 
-def watch(module: torch.nn.Module, layers: Iterable[str]) -> list[Any]:
-    """Begin to see the inputs of layers; the handles end it (see `unwatch`). No waiting for the device."""
-    handles = []
-    for name in layers:
-        layer: Any = module.get_submodule(name)
-        layer.register_buffer(PEAK, torch.zeros((), device=layer.weight.device), persistent=False)
-        handles.append(layer.register_forward_pre_hook(_see, with_kwargs=True))
-    return handles
+class Scales:
+    """Sees the inputs of layers, without waiting for the device, until `remove()`.
 
+    Args:
+        layers: by name.
+        most: what a scale divides by.
+    """
 
-def unwatch(module: torch.nn.Module, layers: Iterable[str], handles: Iterable[Any]) -> None:
-    """Leave no trace."""
-    for handle in handles:
-        handle.remove()
-    for name in layers:
-        delattr(module.get_submodule(name), PEAK)
+    def __init__(self, layers: Mapping[str, Any], most: float) -> None:
+        self.layers, self.most = layers, most
+        self._handles = []
+        for layer in layers.values():
+            layer.register_buffer(PEAK, torch.zeros((), device=layer.weight.device), persistent=False)
+            self._handles.append(layer.register_forward_pre_hook(_see, with_kwargs=True))
 
+    def remove(self) -> None:
+        """Leave no trace."""
+        for handle, layer in zip(self._handles, self.layers.values(), strict=True):
+            handle.remove()
+            delattr(layer, PEAK)
 
-def forget(module: torch.nn.Module, layers: Iterable[str]) -> None:
-    """A new run begins."""
-    for name in layers:
-        getattr(module.get_submodule(name), PEAK).zero_()
+    def forget(self) -> None:
+        """A new run begins."""
+        for layer in self.layers.values():
+            getattr(layer, PEAK).zero_()
 
-
-def largest(module: torch.nn.Module, layers: Iterable[str]) -> tuple[float, str]:
-    """The largest |x| since `forget`, and the layer that met it; nan where an input was not finite."""
-    found = [(getattr(module.get_submodule(name), PEAK).cpu(), name) for name in layers]
-    worst = [(float(peak), name) for peak, name in found if not peak.isfinite()]
-    return worst[0] if worst else max((float(peak), name) for peak, name in found)
+    def largest(self) -> tuple[float, str]:
+        """The largest scale since `forget`, and the layer that needed it; nan where an input was not finite."""
+        found = [(float(getattr(layer, PEAK)), name) for name, layer in self.layers.items()]
+        broken = [pair for pair in found if pair[0] != pair[0]]
+        peak, name = broken[0] if broken else max(found)
+        return peak / self.most, name
 
 
 def _see(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    x = next(iter((*args, *kwargs.values()))).detach()
+    low, high = torch.aminmax(next(iter((*args, *kwargs.values()))).detach())
     peak = getattr(layer, PEAK)
-    peak.copy_(torch.maximum(peak, x.abs().amax()))
+    peak.copy_(torch.maximum(peak, torch.maximum(-low, high)))

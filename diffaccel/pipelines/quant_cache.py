@@ -18,7 +18,7 @@ from ..denoiser.calibrated import Calibrated, key_of
 from ..denoiser.compensate import Compensation
 from ..denoiser.contract import denoisers
 from ..denoiser.quant import Quant, Quantised, quantise
-from ..errors import OptionError, RunError
+from ..errors import ArtifactError, OptionError, RunError
 from ..identity import model_identity
 from ..schedulers.fsampler import FSamplerScheduler
 from .handle import refuse_stateful, refuse_wrapped
@@ -76,6 +76,7 @@ class QuantCache:
         self._scheduler: Any = None
         self._calibrated = calibrated
         self._compensation: Compensation | None = None
+        self._adapters: list[str] = []
         self._local = threading.local()
         try:
             self._apply(cache, quant)
@@ -97,6 +98,7 @@ class QuantCache:
         if self._calibrated is not None and cache is not None and self._cache is not None:
             number = self._calibrated.run(cache, self._cache.level)
             self._compensation = self._calibrated.compensation(number)
+            self._adapters = _adapters(self.pipe)
             self._original = self.pipe.scheduler
             self._scheduler = self.pipe.scheduler = with_action(self._original, self._after_step)
 
@@ -186,6 +188,12 @@ class QuantCache:
     def _after_step(self, step: int, x: torch.Tensor, scheduler: Any) -> torch.Tensor:
         if getattr(self._local, "timesteps", None) is not scheduler.timesteps:
             assert self._calibrated is not None
+            now = _adapters(self.pipe)
+            if now != self._adapters:
+                raise ArtifactError(
+                    f"{self._calibrated.artifact.file} was calibrated with other adapters: {self._adapters or 'none'} "
+                    f"when the wrapper was put on, here {now or 'none'}. Calibrate with them, or leave artifact= out"
+                )
             recipe = next(iter(self._quantised.values())).recipe if self._quantised else None
             self._calibrated.check(key_of(self.pipe, scheduler, tuple(x.shape[1:]), recipe))
             self._local.timesteps, self._local.steps = scheduler.timesteps, 0
@@ -193,6 +201,14 @@ class QuantCache:
             return x
         self._local.steps += 1
         return self._compensation.apply(step, x)
+
+
+def _adapters(pipe: Any) -> list[str]:
+    """Names of the LoRA that act on the denoisers, and of those that are fused."""
+    found = [f"{name} (fused)" for name in getattr(pipe, "fused_loras", ())]
+    for model in denoisers(pipe).values():
+        found += model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else []
+    return sorted(found)
 
 
 def quant_cache(

@@ -6,54 +6,20 @@ import copy
 import warnings
 
 import hooked_runs as runs
-import numpy as np
 import pytest
 import torch
+from calibrated_cache import STEPS, artifact_for
 
 import diffaccel as da
-from diffaccel.artifact import Artifact
-from diffaccel.denoiser.cache import letters
-from diffaccel.denoiser.calibrated import key_of
 from diffaccel.errors import ArtifactError, OptionError, RunError
-from diffaccel.identity import model_identity
 from diffaccel.schedulers import FSamplerScheduler, RestartScheduler, TableScheduler
 from diffaccel.testing.pipelines import call_kwargs, denoiser
 
-STEPS = 10
 QUANT = da.Quant("w8a8", min_features=16)  # the tiny models are narrow
 
 
 def gap(a, b):
     return float((a - b).abs().max() / b.abs().max().clamp_min(1))
-
-
-def artifact_for(pipe, case, cache, gain=1.02, learned=False, benefit=True, quant=None) -> Artifact:
-    """What `calibrate.cache` writes, with gains made up."""
-    level = "deep" if hasattr(pipe, "unet") else "stack"
-    full = cache.full_steps(STEPS)
-    state = {}
-
-    def see(pipe, step, t, kwargs):
-        state["x"] = kwargs["latents"]
-        return kwargs
-
-    identity = model_identity(pipe)
-    runs.run(pipe, case, STEPS, callback_on_step_end=see)
-    shape = (STEPS, state["x"].shape[-1] if state["x"].ndim == 3 else state["x"].shape[1])
-    run = {
-        "decisions": letters(full), "mask": [int(f) for f in full],
-        "cache": {**cache.to_dict(), "level": level}, "full": sum(full), "learned": learned, "benefit": benefit,
-        "compensated": True,
-    }  # fmt: skip
-    tensors = {"mu_ref_0": np.full(shape, 0.01), "mu_acc_0": np.zeros(shape), "gain_0": np.full(shape, gain)}
-    tensors["gain_0"][2:] = 1.0
-    meta = {
-        "runs": [run],
-        "key": key_of(pipe, pipe.scheduler, tuple(state["x"].shape[1:]), quant),
-        "model": identity,
-        **({k: run[k] for k in ("mask", "cache", "benefit")} if learned else {}),
-    }
-    return Artifact("cache", tensors, meta)
 
 
 # ---------------------------------------------------------------------- on, run, off
