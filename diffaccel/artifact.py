@@ -237,12 +237,13 @@ def _path_text(p: Mapping[str, Any]) -> str:
     return f"{p['family']}, {p['prediction_type']}, lam in [{ends}], table {p['table_sha256'][:12]}"
 
 
-def check_shape(artifact: Artifact, name: str, shape: tuple[int, ...]) -> None:
+def check_shape(artifact: Artifact, name: str, shape: tuple[int, ...], more: str = "") -> None:
     """Raise if a tensor of the artifact (without its first axis) does not broadcast to one sample.
 
     Args:
         name: of the tensor, (n, *shape of one sample or broadcastable).
         shape: of one sample.
+        more: end of the message: what else can be done.
 
     Raises:
         ArtifactError: with both shapes.
@@ -255,5 +256,5 @@ def check_shape(artifact: Artifact, name: str, shape: tuple[int, ...]) -> None:
     if not fits:
         raise ArtifactError(
             f"{artifact.file} was calibrated for samples of shape {tuple(mine)}, this run's are {tuple(shape)}. "
-            "Calibrate at this size, or with reduce='channel', which serves every size."
+            f"Calibrate at this size, or with reduce='channel', which serves every size.{more}"
         )

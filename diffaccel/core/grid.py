@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import OptionError, no_leftover, one_of
 from .families import VP, Flow
+from .held import nearest_calls
 from .node import Node
 from .path import Nodes, Path
 
@@ -60,6 +61,9 @@ def nodes(path: Path, calls: int, grid: str = "linspace_open", *, final: str = "
     code = points.__code__
     no_leftover(f"grid {grid!r}", options, code.co_varnames[2 : code.co_argcount + code.co_kwonlyargcount])
     n = int(calls)
+    if grid == "by_calls" and options.get("grids"):
+        chosen = options["grids"][nearest_calls(options["grids"], n)]
+        return nodes(path, n, chosen["grid"], final=final, **(chosen.get("grid_options") or {}))
     if final == "zero":
         found = points(path, n, **options)[:n] + [path.end]
     elif closed:
@@ -385,3 +389,9 @@ def _listed(path: Path, n: int, *, times: Mapping[str, Sequence[float]] | Sequen
         known = ", ".join(sorted(map(str, held), key=int))
         raise OptionError(f"grid 'listed' holds times for {known} calls, not {n}; ask for one of these, or find more")
     return [path.at(float(t)) for t in held[str(n)]]
+
+
+@grid("by_calls")
+def _by_calls(path: Path, n: int, *, grids: Mapping[str, Mapping[str, Any]] | None = None) -> list[Node]:
+    """Another grid for each number of calls: `grids[calls] = {"grid": name, "grid_options": {...}}`, or the nearest."""
+    raise OptionError("grid 'by_calls' needs grids: {number of calls: {'grid': a name, 'grid_options': its options}}")

@@ -84,6 +84,7 @@ class Ems:
         if not all(np.all(np.isfinite(v)) for v in self.tensors().values()):
             raise OptionError("statistics: lam, l, s and b must be finite")
         self._steps: OrderedDict[tuple[float, float], Step] = OrderedDict()
+        self._sizes: dict[tuple[int, ...], Ems] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -131,6 +132,33 @@ class Ems:
     def integrated(self, quadrature: str) -> Ems:
         """The same statistics under another rule."""
         return self if quadrature == self.quadrature else Ems(self.lam, self.l, self.s, self.b, quadrature)
+
+    def resized(self, shape: tuple[int, ...]) -> Ems:
+        """The same statistics for samples of another height and width: bilinear between the centres of pixels.
+
+        Remembered; the statistics themselves where they broadcast to such samples.
+
+        Args:
+            shape: of one sample, (..., H, W).
+
+        Raises:
+            OptionError: statistics without pixels, or of another number of channels or frames.
+        """
+        if len(self.shape) <= len(shape) and all(
+            a in (1, b) for a, b in zip(self.shape[::-1], shape[::-1], strict=False)
+        ):
+            return self
+        if len(self.shape) < 3 or len(shape) != len(self.shape) or shape[:-2] != self.shape[:-2]:
+            raise OptionError(
+                f"resample='bilinear' interpolates over height and width: statistics of shape {self.shape} cannot "
+                f"serve samples of shape {shape}; calibrate with reduce='channel'"
+            )
+        with self._lock:
+            if shape not in self._sizes:
+                rows, columns = (_bilinear(n, m) for n, m in zip(self.shape[-2:], shape[-2:], strict=True))
+                l, s, b = (rows @ v @ columns.T for v in (self.l, self.s, self.b))
+                self._sizes[shape] = Ems(self.lam, l, s, b, self.quadrature)
+            return self._sizes[shape]
 
     # ------------------------------------------------------------------ values
     def need(self, *lams: float) -> None:
@@ -198,6 +226,13 @@ class Ems:
         beta, moments, drift = rule(u - start, h, (l, s, b), big_l, big_s)
         dl, ds = as_coef(big_l[-1]), as_coef(big_s[-1])
         return Step(dl, ds, as_coef(beta), tuple(as_coef(v) for v in moments), as_coef(drift))
+
+
+def _bilinear(n: int, m: int) -> np.ndarray:
+    """(m, n) weights from n to m pixels of the same extent; beyond the outermost centres values are constant."""
+    at = np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1)
+    weights: np.ndarray = np.maximum(0.0, 1 - np.abs(at[:, None] - np.arange(n)))
+    return weights
 
 
 Parts = tuple[np.ndarray, list[np.ndarray], np.ndarray]  # beta at the end, the moments, the drift

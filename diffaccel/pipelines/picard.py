@@ -200,7 +200,7 @@ class PicardScheduler(SchedulerMixin):
 
     def _begin(self, session: _Session, timestep: Any, sample: torch.Tensor, generator: Any) -> None:
         """The first step: only now is it known what one image's state is."""
-        run = self.base._open(timestep)
+        run = self.base._open(timestep, sample)
         session.run = run
         session.learn(sample, timestep)
         dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32

@@ -67,7 +67,7 @@ class LateScheduler(TableScheduler):
         calls = num_inference_steps if num_inference_steps is not None else len(sigmas if sigmas is not None else [])
         if timesteps is not None or not calls:
             raise OptionError("a teleported run takes num_inference_steps, no timesteps of your own")
-        sampler, options = self._sampler()
+        sampler, options = self._sampler(calls)
         dynamic = self.config.path == "flow" and self.config.use_dynamic_shifting
         path = path_of(self.config, mu=mu if dynamic else None)
         nodes, self.replaced = late_nodes(path, self.level, sampler.intervals_of(calls, **options), self.config)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..core.linear import Coef, as_coef, fit, is_zero
+from ..core.linear import Coef, Linear, as_coef, fit, is_zero
 from ..core.node import Node
 from ..core.path import Nodes
 from ..core.prediction import Affine
@@ -20,6 +20,7 @@ from .registry import Calibrated, sampler
 
 CORRECTORS = ("same", "plus")
 PSEUDO = ("predictor", "corrector")
+RESAMPLE = ("bilinear",)
 NO_STATISTICS = Ems.data_prediction()  # one, because it remembers its integrals
 
 
@@ -84,6 +85,7 @@ def snapped(nodes: Nodes, options: Mapping[str, Any]) -> Nodes:
         command="diffaccel calibrate ems MODEL --out ems.safetensors",
         without='Say statistics="none" to run it without them (l = 1, s = b = 0: a data-prediction solver).',
         tensor="l",
+        resample=lambda statistics, shape: statistics.resized(shape),
     ),
     variants=(
         {"order": 2, "corrector": "same", "lower_order_final": False},
@@ -105,6 +107,7 @@ def dpm_v3(
     corrector_range: Sequence[float] | None = None,
     snap: bool = False,
     quadrature: str = "exponential",
+    resample: str | None = None,
     statistics: Ems | str = "none",
 ) -> Any:
     """`x_t/alpha_t = e^(L_s - L_t) (x_s/alpha_s - sum_k E_k g^(k) - J)`: g is f without what s and b explain.
@@ -122,10 +125,13 @@ def dpm_v3(
         corrector_range: (lam_min, lam_max) between which the corrector acts; None: everywhere.
         snap: move the nodes to those of the statistics, as the published code does.
         quadrature: "exponential" (exact), or "trapezoid" as the published code.
+        resample: None, or "bilinear": statistics by element of an image serve other heights and widths, interpolated.
         statistics: an `Ems` (of `calibrate.ems`), or "none": l = 1, s = b = 0, a data-prediction solver.
     """
     check_order("dpm_v3", order, 3)
     ems = _statistics(statistics, quadrature)
+    if resample is not None:
+        ems = _resampled(ems, one_of("resample", resample, RESAMPLE), x)
     pseudo = _pseudo(pseudo, corrector)
     low, high = _range(corrector_range, corrector)
     past: list[tuple[Node, Any]] = []
@@ -161,6 +167,15 @@ def _statistics(statistics: Any, quadrature: str) -> Ems:
             "is 'none'"
         )
     return NO_STATISTICS
+
+
+def _resampled(ems: Ems, how: str, x: Any) -> Ems:
+    """Statistics for states like x; a symbol has no shape: whoever traces hands over statistics that fit."""
+    if len(ems.shape) < 3 or ems.shape[-2:] == (1, 1):
+        raise OptionError(
+            f"sampler 'dpm_v3': resample={how!r} would have no effect: statistics of shape {ems.shape} have no pixels"
+        )
+    return ems if isinstance(x, Linear) else ems.resized(tuple(x.shape[1:]))
 
 
 def _pseudo(pseudo: Any, corrector: str | None) -> tuple[str, ...]:

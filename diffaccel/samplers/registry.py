@@ -36,6 +36,8 @@ class Calibrated(NamedTuple):
         tensor: a tensor of the artifact of shape (n, *shape), `shape` being that of one sample or broadcastable to it;
             a run on samples of another shape is an error. "" if there is none.
         nodes: whether the artifact decides the nodes: a grid, sigmas or timesteps of the user's own are an error.
+        resample: `resample(value, shape)`: the option's value for samples of another shape, where the loop's option
+            `resample` asks for it. None if there is no such option.
     """
 
     kind: str | tuple[str, ...]
@@ -45,6 +47,7 @@ class Calibrated(NamedTuple):
     without: str
     tensor: str = ""
     nodes: bool = False
+    resample: Callable[[Any, tuple[int, ...]], Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from pathlib import Path as FilePath
 from typing import Any
 from weakref import WeakValueDictionary
 
-import torch
-
 from ..artifact import Artifact, check_path, check_shape
 from ..errors import ArtifactError, ArtifactWarning, OptionError
-from ..samplers.registry import Calibrated, Sampler
+from ..samplers.registry import Calibrated, Sampler, get
+from .measured import GRID, grids, held_by
 from .settings import path_of
 
+RESAMPLE = " resample='bilinear' interpolates it to another height and width."
 GRID_KIND = "ays"  # of artifacts that hold a grid for any sampler
 
 # A config names its artifact by file and checksum; within a process that is enough to find it again.
@@ -76,7 +76,8 @@ def advised(given: Mapping[str, Any], sampler: str | None) -> dict[str, Any]:
     """A user's arguments of `from_config`, completed by those that a newly given artifact was calibrated with.
 
     An artifact says them in `meta["scheduler"]`: "sampler", "options" (of the sampler), "grid", "grid_options",
-    "final_sigmas_type". What the user says wins; with another sampler than the artifact's nothing is completed.
+    "final_sigmas_type", or (in place of options and grid) "by_calls", see `measured`. What the user says wins; with
+    another sampler than the artifact's nothing is completed.
 
     Args:
         given: keyword arguments of `from_config`.
@@ -89,7 +90,11 @@ def advised(given: Mapping[str, Any], sampler: str | None) -> dict[str, Any]:
     advice, chosen = found.meta.get("scheduler") or {}, given.get("sampler") or sampler
     if chosen not in (None, advice.get("sampler")):
         return {**given, "artifact": found}
-    grid = {} if "grid" in given else {k: advice[k] for k in ("grid", "grid_options") if advice.get(k) is not None}
+    grid = {} if "grid" in given else {k: advice[k] for k in GRID if advice.get(k) is not None}
+    if held_by(found) and not set(GRID) & set(given):
+        defaults = get(advice["sampler"]).defaults
+        own = {k: v for k, v in given.items() if k in defaults} | dict(given.get("sampler_options") or {})
+        grid = grids(found, own, defaults)
     final = {k: advice[k] for k in ("sampler", "final_sigmas_type") if advice.get(k) is not None}
     options = {**(advice.get("options") or {}), **(given.get("sampler_options") or {})}
     return {**grid, **final, **given, "sampler_options": options, "artifact": found}
@@ -182,18 +187,27 @@ def calibrated_options(sampler: Sampler, options: Mapping[str, Any] | None, arti
     return found, {takes.option: takes.read(found)}
 
 
-def check_sample(sampler: Sampler, artifact: Artifact | None, sample: torch.Tensor) -> None:
-    """Raise at the first call of a run if the artifact's data does not have the shape of a sample.
+def options_on(
+    sampler: Sampler, artifact: Artifact | None, options: dict[str, Any], shape: tuple[int, ...]
+) -> dict[str, Any]:
+    """The options of a run on samples of this shape: the same, or with data resampled where `resample` asks for it.
+
+    Raises:
+        ArtifactError: if the data is of another shape.
 
     Warns:
         ArtifactWarning: where the data serves every shape, but was fitted at another one.
     """
     takes = sampler.calibrated
+    if takes is not None and takes.resample is not None and options.get("resample"):
+        value = takes.resample(options[takes.option], shape)
+        return options if value is options[takes.option] else {**options, takes.option: value}
     if artifact is None or takes is None:
-        return
-    shape, made = tuple(sample.shape[1:]), artifact.meta.get("shape")
+        return options
+    made = artifact.meta.get("shape")
     if takes.tensor:
-        check_shape(artifact, takes.tensor, shape)
+        check_shape(artifact, takes.tensor, shape, "" if takes.resample is None else RESAMPLE)
     elif takes.nodes and made is not None and tuple(made) != shape:
         text = f"{artifact.file} was fitted to samples of shape {tuple(made)}, this run's are {shape}"
-        warnings.warn(f"{text}; some of its gain may be lost. Fit again at this size.", ArtifactWarning, stacklevel=3)
+        warnings.warn(f"{text}; some of its gain may be lost. Fit again at this size.", ArtifactWarning, stacklevel=4)
+    return options

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..artifact import Artifact
 from ..core.families import Flow
 from ..core.grid import checked, from_sigmas, from_timesteps, native
 from ..core.grid import nodes as grid_nodes
@@ -16,6 +17,7 @@ from ..core.node import Node
 from ..core.path import Nodes, Path
 from ..errors import OptionError
 from ..samplers.registry import Sampler
+from .artifacts import options_on
 from .from_config import grid_of, path_of
 from .run import Run
 
@@ -37,7 +39,7 @@ def plan(
     mu: float | None,
 ) -> Run:
     """A new run; the arguments are those of `TableScheduler.set_timesteps`."""
-    calls = _calls(calls, sigmas, timesteps)
+    calls = calls_of(calls, sigmas, timesteps)
     dynamic = settings["path"] == "flow" and settings["use_dynamic_shifting"]
     if dynamic and mu is None:
         raise OptionError(MU)
@@ -62,7 +64,7 @@ def run_on(nodes: Nodes, sampler: Sampler, options: dict[str, Any], calls: int |
     cpu = torch.tensor([int(t) for t in fed] if whole else fed, dtype=torch.int64 if whole else torch.float32)
     levels = table.nodes
     sigmas = torch.tensor([native(node, nodes.path) for node in levels], dtype=torch.float32)
-    run = Run(table, levels, nodes, cpu if device is None else cpu.to(device), sigmas, cpu)
+    run = Run(table, levels, nodes, cpu if device is None else cpu.to(device), sigmas, cpu, options)
     run.checked = sigmas.clone()
     return run
 
@@ -77,9 +79,16 @@ def refuse_nodes(sampler: Sampler, options: Mapping[str, Any], what: str) -> Non
         )
 
 
-def edited(run: Run, sampler: Sampler, options: dict[str, Any]) -> Run:
+def again(run: Run, nodes: Nodes, sampler: Sampler, options: dict[str, Any], note: str) -> Run:
+    """The run on other nodes or with other options."""
+    made = run_on(nodes, sampler, options, len(run), run.timesteps.device)
+    made.begin, made.counter, made.notes, made.watch = run.begin, run.counter, [*run.notes, note], run.watch
+    return made
+
+
+def edited(run: Run, sampler: Sampler) -> Run:
     """The run again, on the values that somebody wrote into `scheduler.sigmas` after set_timesteps."""
-    refuse_nodes(sampler, options, "edits of scheduler.sigmas")
+    refuse_nodes(sampler, run.options, "edits of scheduler.sigmas")
     path, values = run.grid.path, [float(s) for s in run.sigmas]
     if len(run.grid) != len(values):
         raise OptionError(
@@ -91,9 +100,21 @@ def edited(run: Run, sampler: Sampler, options: dict[str, Any]) -> Run:
     known = dict(zip(old, run.grid, strict=True))
     copied = (replace(known[v]) if v in known else _at(path, v) for v in values)
     found = [n if v == o else c for n, v, o, c in zip(run.grid, values, old, copied, strict=True)]
-    again = run_on(checked(found, path, "edited sigmas"), sampler, options, len(run), run.timesteps.device)
-    again.begin, again.notes = run.begin, [*run.notes, "sigmas were edited after set_timesteps; compiled again"]
-    return again
+    nodes = checked(found, path, "edited sigmas")
+    return again(run, nodes, sampler, run.options, "sigmas were edited after set_timesteps; compiled again")
+
+
+def fitting(run: Run, sampler: Sampler, artifact: Artifact | None, sample: torch.Tensor) -> Run:
+    """The run itself, or again with calibrated data for samples of this shape.
+
+    Raises:
+        ArtifactError: if the data is of another shape.
+    """
+    shape = tuple(sample.shape[1:])
+    options = options_on(sampler, artifact, run.options, shape)
+    if options is run.options:
+        return run
+    return again(run, run.grid, sampler, options, f"calibrated data was resampled to samples of {shape}")
 
 
 def _at(path: Path, sigma: float) -> Node:
@@ -102,7 +123,7 @@ def _at(path: Path, sigma: float) -> Node:
     return path.at(path.train_steps * sigma) if isinstance(path, Flow) else path.at_level(sigma)
 
 
-def _calls(calls: int | None, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None) -> int:
+def calls_of(calls: int | None, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None) -> int:
     """The number of model calls that the arguments agree on."""
     sizes = {}
     if sigmas is not None:

@@ -99,6 +99,7 @@ class Run:
         grid: the nodes that the sampler was traced on (fewer, where it spends several calls on an interval).
         timesteps: (N,) on the user's device.
         sigmas: (N + 1,) float32 on the CPU.
+        options: complete options of the sampler, those that belong to the number of calls or the size included.
     """
 
     table: Table
@@ -107,6 +108,7 @@ class Run:
     timesteps: torch.Tensor
     sigmas: torch.Tensor
     cpu_timesteps: torch.Tensor
+    options: dict[str, Any] = field(default_factory=dict)
     rows: list[Compiled] = field(default_factory=list)
     begin: int | None = None  # where the pipeline said that the run begins
     start: int = 0  # where it begins: row `start` is `rows[0]`
@@ -126,9 +128,9 @@ class Run:
     def __len__(self) -> int:
         return len(self.table)
 
-    def open_at(self, k: int, sampler: Sampler, options: dict[str, Any], output: Output, policy: Policy | None) -> None:
+    def open_at(self, k: int, sampler: Sampler, output: Output, policy: Policy | None) -> None:
         """Compile the rows of a run that begins at row k, with empty history."""
-        table = self.table if k == 0 else begin_at(self.table, self.grid, k, sampler, options)
+        table = self.table if k == 0 else begin_at(self.table, self.grid, k, sampler, self.options)
         self.rows = [compiled(row, output, policy, self.timesteps.device) for row in table.rows]
         self.policy = policy
         self.start, self.depth, self.noise_depth = k, table.depth, table.noise_depth

@@ -123,7 +123,7 @@ def open_stage(run: StagedRun, base: TableScheduler, carry: bool, device: torch.
     own = run.nodes(k)
     past = _past(run, k) if carry else []
     beyond = [] if k + 1 == len(run.legs) else _beyond(run.path, own)
-    sampler, options = base._sampler()
+    sampler, options = base._sampler()[0], base._runs.need().options
     table = sampler.trace(checked([*past, *own, *beyond], run.path, f"stage {k}"), **options)
     rows = table.rows[len(past) : len(past) + len(own) - 1]
     part = Table(rows, table.sampler, table.options)

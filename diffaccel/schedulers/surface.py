@@ -11,8 +11,8 @@ from ..core.families import VP
 from ..core.grid import native
 from ..core.table import Table
 from ..errors import OptionError, RunError
-from .from_config import grid_of, path_of
-from .guards import training_steps
+from .from_config import grid_of, output_of, path_of
+from .guards import first_call, training_steps
 from .noising import node_for, noised, velocity
 from .run import PerThread
 
@@ -48,6 +48,19 @@ class Surface:
         return velocity(sample, noise, node_for(None, path_of(self.config), timesteps))
 
     # ------------------------------------------------------------------ what pipelines read
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        """What the model is fed: the sample itself, but on EDM paths `sample / sqrt(sigma^2 + sigma_data^2)`."""
+        if self.config.path != "edm":
+            return sample
+        run = self._runs.get()
+        if run is None:
+            sigma = path_of(self.config).at(float(timestep)).sigma
+        else:
+            i = next((k for k in (run.counter, run.begin) if k is not None), None)
+            i = first_call(run, timestep) if i is None else i
+            sigma = run.nodes[min(i, len(run) - 1)].sigma
+        return sample * output_of(self.config).input_scale(sigma)
+
     @property
     def timesteps(self) -> torch.Tensor:
         """What the model is fed, one entry a call, on the user's device; before a run the training steps."""

@@ -22,13 +22,14 @@ from ..identity import check_model
 from ..samplers.begin import begin_at
 from ..samplers.registry import Sampler
 from ..samplers.rewrite import REWRITERS, rewritten
-from .artifacts import beside, calibrated_options, check_sample, entry_of, placed_by
+from .artifacts import beside, calibrated_options, entry_of, placed_by
 from .compat import COMPATIBLES, NEAREST, merged
 from .feed import is_fed
 from .from_config import BETA_KEYS, check, output_of, path_of
 from .guards import check_finite, first_call, numbers, only_neutral, output_for, state_for
+from .measured import measured, where_measured
 from .part_options import with_part
-from .plan import edited, plan, refuse_nodes
+from .plan import calls_of, edited, fitting, plan, refuse_nodes
 from .policy import POLICIES, policy_of, target_of
 from .registration import public, register_library
 from .run import PerThread, Run, advance
@@ -240,12 +241,14 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         kept = {k: v for k, v in self.config.items() if k in known}
         return kind.from_config(kept | {"_class_name": kind.__name__})
 
-    def _sampler(self) -> tuple[Sampler, dict[str, Any]]:
+    def _sampler(self, calls: int | None = None) -> tuple[Sampler, dict[str, Any]]:
+        """The sampler and its options, for a run of `calls` with those that the artifact measured for it."""
         fixed, asked = self.sampler_name, self.config.sampler
         if fixed and asked not in (None, fixed):
             raise OptionError(f"{type(self).__name__} is the sampler {fixed!r}; use TableScheduler for {asked!r}")
         found = rewritten(asked or fixed or self.sampler_default, self.config.rewrite)
-        return found, found.options({**(self.config.sampler_options or {}), **self._filled})
+        advice = {} if calls is None else measured(self._artifact, found.defaults, self.config, calls)
+        return found, found.options({**advice, **(self.config.sampler_options or {}), **self._filled})
 
     # ------------------------------------------------------------------ a run
     def set_timesteps(
@@ -271,9 +274,10 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         Raises:
             OptionError: no or contradicting numbers of calls, noise that does not fall, a missing `mu`.
         """
-        sampler, options = self._sampler()
-        given = (num_inference_steps, device, numbers(sigmas, "sigmas"), numbers(timesteps, "timesteps"), mu)
-        run = plan(self.config, sampler, options, *given)
+        levels, times = numbers(sigmas, "sigmas"), numbers(timesteps, "timesteps")
+        calls = calls_of(num_inference_steps, levels, times)
+        run = plan(self.config, *self._sampler(calls), calls, device, levels, times, mu)
+        run.notes += where_measured(self._artifact, calls)
         self._aim(run, run.table)
         self._runs.set(run)
         if not run.table.scalar:
@@ -290,24 +294,11 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         run = self._runs.need()
         if not 0 <= begin_index <= len(run):
             raise RunError(f"set_begin_index({begin_index}): this run has calls 0..{len(run) - 1}")
-        sampler, options = self._sampler()
+        sampler, _ = self._sampler()
         if 0 < begin_index < len(run) and sampler.begin is not None:  # it may refuse, before the model is called
-            begin_at(run.table, run.grid, int(begin_index), sampler, options)
+            begin_at(run.table, run.grid, int(begin_index), sampler, run.options)
         run.begin, run.counter = int(begin_index), None
         run.history = []
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
-        """What the model is fed: the sample itself, but on EDM paths `sample / sqrt(sigma^2 + sigma_data^2)`."""
-        if self.config.path != "edm":
-            return sample
-        run = self._runs.get()
-        if run is None:
-            sigma = path_of(self.config).at(float(timestep)).sigma
-        else:
-            i = next((k for k in (run.counter, run.begin) if k is not None), None)
-            i = first_call(run, timestep) if i is None else i
-            sigma = run.nodes[min(i, len(run) - 1)].sigma
-        return sample * output_of(self.config).input_scale(sigma)
 
     def step(
         self,
@@ -338,8 +329,7 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
             only_neutral(kwargs)
         run = self._runs.get()
         if run is None or run.counter is None:
-            check_sample(self._sampler()[0], self._artifact, sample)
-            run = self._open(timestep)
+            run = self._open(timestep, sample)
         i: int = run.counter  # type: ignore[assignment]
         if i >= len(run):
             raise RunError(f"this run finished after {len(run)} calls; call set_timesteps to begin another")
@@ -355,6 +345,7 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
             output = output_for(model_output, x)
         if run.history and run.history[0].shape != x.shape:
             run.notes.append(f"call {i}: the state became {tuple(x.shape)}; the history was dropped")
+            run = self._ready(run, x)
             self._compile(run, i)
         state, x0 = advance(run, run.rows[i - run.start], x, output, generator)
         if run.shifts is not None:
@@ -367,12 +358,9 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
             state, x0 = state.to(dtype), x0.to(dtype)
         return TableSchedulerOutput(prev_sample=state, pred_original_sample=x0) if return_dict else (state, x0)
 
-    def _open(self, timestep: Any) -> Run:
+    def _open(self, timestep: Any, sample: torch.Tensor) -> Run:
         """The first call of a run: honour edits of `sigmas`, find where it begins, compile."""
-        run = self._runs.need()
-        if run.checked is not None and not torch.equal(run.checked, run.sigmas):
-            run = edited(run, *self._sampler())
-            self._runs.set(run)
+        run = self._ready(self._runs.need(), sample)
         start = run.begin if run.begin is not None else first_call(run, timestep)
         run.watch = "" if self.config.check_finite == "never" else self.config.check_finite
         if start < len(run) and not (run.prepared and start == run.start):
@@ -381,8 +369,17 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         run.counter = start
         return run
 
+    def _ready(self, run: Run, sample: torch.Tensor) -> Run:
+        """The run, or another in its place: on edited `sigmas`, or with calibrated data for samples of this shape."""
+        sampler = self._sampler()[0]
+        asked = run.checked is not None and not torch.equal(run.checked, run.sigmas)
+        made = fitting(edited(run, sampler) if asked else run, sampler, self._artifact, sample)
+        if made is not run:
+            self._runs.set(made)
+        return made
+
     def _compile(self, run: Run, k: int) -> None:
-        run.open_at(k, *self._sampler(), output_of(self.config), policy_of(self.config))
+        run.open_at(k, self._sampler()[0], output_of(self.config), policy_of(self.config))
         if k or run.shifts is None:
             self._aim(run, Table(tuple(c.row for c in run.rows), run.table.sampler))
 

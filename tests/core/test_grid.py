@@ -169,3 +169,23 @@ def test_bad_input_says_what_is_wrong(make: Callable[[], object], message: str) 
 def test_a_timestep_off_the_path_is_refused() -> None:
     with pytest.raises(PathError, match=r"t = 1000\.0 lies outside"):
         from_timesteps(Path.vp(SD_BETAS), [1000, 500])
+
+
+# ---------------------------------------------------------------------- a grid for each number of calls
+def test_by_calls_is_the_grid_of_the_nearest_number_of_calls() -> None:
+    held = {"5": {"grid": "karras", "grid_options": {"rho": 4.0}}, "10": {"grid": "trailing"}, "8": {"grid": "mid"}}
+    for calls, name, options in (
+        (5, "karras", {"rho": 4.0}),
+        (1, "karras", {"rho": 4.0}),
+        (6, "karras", {"rho": 4.0}),
+        (7, "mid", {}),
+        (9, "trailing", {}),
+        (50, "trailing", {}),
+    ):
+        for final in ("zero", "sigma_min"):
+            found = nodes(VP, calls, "by_calls", final=final, grids=held)
+            assert [n.key for n in found] == [n.key for n in nodes(VP, calls, name, final=final, **options)], calls
+    with pytest.raises(OptionError, match="needs grids"):
+        nodes(VP, 5, "by_calls")
+    with pytest.raises(OptionError, match="unknown grid 'best'"):
+        nodes(VP, 5, "by_calls", grids={"5": {"grid": "best"}})

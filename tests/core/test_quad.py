@@ -114,3 +114,25 @@ def test_statistics_are_values():
 def test_bad_statistics_are_refused(lam, l, words):
     with pytest.raises(OptionError, match=words):
         Ems(lam, l, 0 * l + 1, 0 * l + 1)
+
+
+# ---------------------------------------------------------------------- other sizes
+@pytest.mark.parametrize(("own", "size"), [((8, 8), (16, 12)), ((8, 6), (3, 6)), ((5, 5), (5, 5)), ((4, 4), (1, 9))])
+def test_resized_statistics_are_torchs_bilinear_interpolation(own, size):
+    import torch
+
+    l, s, b = np.random.default_rng(0).standard_normal((3, 4, 2, *own))
+    ems = Ems(np.arange(4.0), l, s, b)
+    found = ems.resized((2, *size))
+    for mine, given in zip((found.l, found.s, found.b), (l, s, b)):
+        want = torch.nn.functional.interpolate(torch.from_numpy(given), size=size, mode="bilinear", align_corners=False)
+        np.testing.assert_allclose(mine, want.numpy(), atol=1e-12)
+    assert ems.resized((2, *size)) is found and (found is ems) == (own == size)
+
+
+def test_resizing_where_it_has_no_meaning():
+    wide = Ems([0.0, 1.0], *np.ones((3, 2, 4, 1, 1)))
+    assert wide.resized((4, 9, 9)) is wide
+    for own, shape in (((4, 8, 8), (3, 8, 8)), ((16, 64), (32, 64)), ((4, 8, 8), (4, 2, 8, 8)), ((3, 8, 8), (4, 4))):
+        with pytest.raises(OptionError, match="serve samples"):
+            Ems([0.0, 1.0], *np.ones((3, 2, *own))).resized(shape)

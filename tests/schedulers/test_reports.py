@@ -26,7 +26,7 @@ from diffaccel.errors import OptionError, PathError
 from diffaccel.testing.pipelines import build, call_kwargs, denoiser
 
 X = noise(1, 4, 4, 4)
-ON_ALL = sorted(set(GRIDS) - {"flow_stock", "flow_dpmpp", "ays", "listed"})
+ON_ALL = sorted(set(GRIDS) - {"flow_stock", "flow_dpmpp", "ays", "listed", "by_calls"})
 GRID_OF_PATH = [
     *((path, grid) for path in PATHS for grid in ON_ALL),
     *(("flow", grid) for grid in ("flow_stock", "flow_dpmpp")),

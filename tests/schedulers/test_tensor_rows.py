@@ -12,7 +12,7 @@ from scheduler_runs import PATHS, loop, model, noise
 from diffaccel import DPMSolverV3Scheduler
 from diffaccel.artifact import Artifact, path_identity
 from diffaccel.core.prediction import Prediction, convert
-from diffaccel.errors import ArtifactError
+from diffaccel.errors import ArtifactError, OptionError
 from diffaccel.schedulers.settings import output_of, path_of
 
 SHAPE = (2, 6, 4)
@@ -117,3 +117,56 @@ def test_a_policy_changes_x0_before_the_row():
         s.set_timesteps(6)
     assert not tensors.table.scalar or tensors.table == plain.table
     torch.testing.assert_close(loop(tensors, x), loop(plain, x), rtol=1e-9, atol=1e-9)
+
+
+# ---------------------------------------------------------------------- samples of another size
+@pytest.mark.parametrize("path", ["sd15", "flow"])
+def test_resampled_statistics_are_those_of_the_run_s_size(path):
+    """The same rows as with statistics interpolated beforehand; the calibrated size runs as it did; begun anywhere."""
+    made, held = scheduler(path, (2, 8, 8), order=3, resample="bilinear"), artifact(path, (2, 8, 8))
+    for size, begin in (((12, 6), 0), ((8, 8), 0), ((4, 4), 2), ((12, 6), 0)):
+        parts = {
+            k: v
+            if k == "lam"
+            else torch.nn.functional.interpolate(
+                torch.tensor(v), size=size, mode="bilinear", align_corners=False
+            ).numpy()
+            for k, v in held.tensors.items()
+        }
+        fitting = DPMSolverV3Scheduler(
+            **PATHS[path], artifact=Artifact("ems", parts, held.meta), sampler_options={"order": 3}
+        )
+        x, states = noise(2, 2, *size), []
+        for s in (made, fitting):
+            s.set_timesteps(6)
+            s.set_begin_index(begin)
+            state = x
+            for t in s.timesteps[begin:]:
+                state = s.step(model(state, t), t, state).prev_sample
+            states.append(state)
+        torch.testing.assert_close(*states, rtol=1e-4, atol=1e-4 * float(x.abs().max()))
+        assert ("resampled" in made.explain()) == (size != (8, 8))
+
+
+def test_resampling_is_asked_for_and_only_where_it_does_something(tmp_path):
+    plain = scheduler(shape=(2, 8, 8))
+    plain.set_timesteps(4)
+    with pytest.raises(ArtifactError, match=r"reduce='channel'.*resample='bilinear'"):
+        plain.step(noise(1, 2, 4, 4), plain.timesteps[0], noise(1, 2, 4, 4))
+    with pytest.raises(OptionError, match="no effect"):
+        scheduler(shape=(2, 1, 1), resample="bilinear").set_timesteps(4)
+    with pytest.raises(OptionError, match="unknown resample 'cubic'"):
+        scheduler(resample="cubic").set_timesteps(4)
+    made = scheduler(shape=(2, 8, 8), resample="bilinear")
+    made.save_pretrained(tmp_path)
+    again = DPMSolverV3Scheduler.from_pretrained(tmp_path)
+    again.set_timesteps(4)
+    with pytest.raises(OptionError, match="serve samples"):
+        again.step(noise(1, 3, 4, 4), again.timesteps[0], noise(1, 3, 4, 4))
+    again.set_timesteps(4)
+    x = noise(1, 2, 4, 4)
+    first = again.step(x, again.timesteps[0], x).prev_sample
+    assert first.shape == x.shape
+    bigger = noise(1, 2, 8, 8)  # a pipeline that changes the size between two calls
+    state = again.step(bigger, again.timesteps[1], bigger).prev_sample
+    assert state.shape == bigger.shape and torch.isfinite(state).all()
