@@ -24,12 +24,13 @@ from ..denoiser.contract import denoisers
 from ..denoiser.quant import Quant, Quantised, quantise
 from ..errors import OptionError, one_of
 from ..identity import model_identity
+from ..parallel.protocol import World
 from .cache_measure import Measure, Measurement
-from .cache_runs import Images, Runs
+from .cache_runs import Runs
 from .engine import Engine
 from .gauss import config_prediction, one_budget
 from .schedule import Mask, letters
-from .validate import FEWEST, Verdict, best_stock, errors, verdict
+from .validate import FEWEST, Verdict, best_stock, verdict
 from .watched import watched
 
 NONE = "none"
@@ -58,6 +59,7 @@ def cache(
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    world: World | None = None,
 ) -> Artifact:
     """Learn where to run the denoiser in full, and correct what a cache and a quantisation do to the states.
 
@@ -83,6 +85,7 @@ def cache(
             pass, whatever `batch` is) and to judge on.
         window: largest distance of full steps of a learned mask (larger where few full steps ask for it).
         guidance, call, batch, seed, out, progress: as for every calibration.
+        world: this process among others; each takes its share of the images.
 
     Returns:
         kind "cache": `meta["runs"]`, with `mu_ref_k`, `mu_acc_k`, `gain_k` where run k has a compensation; the best
@@ -95,7 +98,8 @@ def cache(
     budgets = _budgets(full, steps)
     usual = Cache.every(WIDEST if steps <= FEW else 3, forecast=forecast)
     fixed = [usual] if cache is None else [cache] if isinstance(cache, Cache) else [*cache]
-    _check(steps, budgets, fixed, forecast, compensation, images, select, fit, held_out, window)
+    processes = 1 if world is None else world.size
+    _check(steps, budgets, fixed, forecast, compensation, (images, select, fit, held_out), window, processes)
     quant = Quant.of(quant)
     identity = model_identity(pipe)
     settings = {
@@ -104,13 +108,13 @@ def cache(
         "thresholds": list(thresholds), "images": [images, select, fit, held_out], "window": window, "model": identity,
     }  # fmt: skip
     engine = Engine(pipe, prompts, guidance=guidance, call=call, batch=batch, seed=seed, out=out, settings=settings,
-                    progress=progress)  # fmt: skip
+                    progress=progress, world=world)  # fmt: skip
     scheduler = copy.deepcopy(pipe.scheduler)
     shared = Cache("mask", forecast=forecast, level=_level(pipe, forecast, level))
     work = _Work(engine, Runs(engine, scheduler, steps, shared), compensation, (images, select, fit, held_out))
     measure = Measure(engine, scheduler, steps, shared, window)
     expected = steps * ((images if budgets else 0) * measure.passes() // 2 + (select + held_out) * 12 + 3 * fit)
-    with engine.working(expected, "calibrate cache"):
+    with engine.working(expected // engine.world.size, "calibrate cache"):
         work.references()
         done = quantise(_only(pipe), quant) if quant is not None else None
         try:
@@ -166,20 +170,16 @@ class _Work:
         images, select, fit, held_out = sizes
         self.measured_on = engine.batches(0, images)
         self._select, self._held = (images, select), (images + select + fit, held_out)
-        own, engine.batch = engine.batch, fit
-        (self.fit_batch,) = engine.batches(images + select, fit)
-        engine.batch = own
+        self.fit_batch = runs.share(images + select, fit)
         self.tensors: dict[str, np.ndarray] = {}
         self.measurement: Measurement | None = None
         self.count = 0
 
     def references(self) -> None:
         """Full float runs."""
-        n = self.runs.steps
         self.plain_seconds = self.runs.seconds(self.measured_on[0])
-        chosen, held = self.engine.batches(*self._select), self.engine.batches(*self._held)
-        self.select = Images(chosen, self.runs.plain("select", chosen, n))
-        self.held = Images(held, self.runs.plain("held", held, n))
+        self.select = self.runs.images("select", *self._select)
+        self.held = self.runs.images("held", *self._held)
         self.reference = self.runs.trajectory(self.fit_batch) if self.kind != NONE else None
 
     def key(self, done: Quantised | None) -> dict[str, Any]:
@@ -207,7 +207,7 @@ class _Work:
         e, known = self._run(self.runs.masked(mask))
         interval: Mask = tuple(told.pop("interval", ()))
         if interval and interval != mask:
-            rival = errors(self.runs.states("held", self.held.batches, self.runs.masked(interval)), self.held.ends)
+            rival = self.runs.errors(self.held, self.runs.masked(interval))
             told["held-out error, best interval -> kept mask"] = verdict(rival, known["without"]).to_json()
         known["receipt"] = {"choice (root mean square error)": told} | known["receipt"]
         return self.runs.masked(mask), e, known | {"learned": True}
@@ -218,7 +218,7 @@ class _Work:
         return policy, e, known | {"learned": False}
 
     def _run(self, policy: Cache) -> tuple[np.ndarray, dict[str, Any]]:
-        without = errors(self.runs.states("held", self.held.batches, policy), self.held.ends)
+        without = self.runs.errors(self.held, policy)
         seconds = self.runs.seconds(self.measured_on[0], policy) / self.plain_seconds
         known: dict[str, Any] = {"without": without, "compensated": False, "receipt": {}, "number": self.count}
         known["equal"] = seconds * self.runs.steps
@@ -229,7 +229,7 @@ class _Work:
         if not isinstance(made, Compensation):
             known["receipt"] = {"compensation": f"no benefit found: {made}"}
             return without, known
-        with_ = errors(self.runs.states("held", self.held.batches, policy, made), self.held.ends)
+        with_ = self.runs.errors(self.held, policy, made)
         found = verdict(without, with_)
         low, high = made.range
         known["receipt"] = {"compensation": {"gains": f"[{low:.4f}, {high:.4f}]", "held-out error": found.to_json()}}
@@ -246,7 +246,7 @@ class _Work:
         calls, name = sum(mask), letters(mask)
         equal = known["equal"]
         seconds = min(max(calls, math.ceil(equal)), steps)
-        plain = {n: self._plain(n) for n in sorted({calls, seconds})}
+        plain = {n: self.runs.plain_errors(self.held, n) for n in sorted({calls, seconds})}
         against: Verdict = verdict(plain[seconds], e)
         told: dict[str, Any] = {
             "full calls": f"{calls} of {steps}",
@@ -262,9 +262,6 @@ class _Work:
             "compensated": known["compensated"], "axis": known.get("axis"), "equal calls": equal,
             "receipt": told | known["receipt"],
         }  # fmt: skip
-
-    def _plain(self, calls: int) -> np.ndarray:
-        return errors(self.runs.plain("held", self.held.batches, calls), self.held.ends)
 
     def _stock(self, calls: int) -> dict[str, Any]:
         tag, config = f"stock{calls}", self.runs.scheduler.config
@@ -288,19 +285,20 @@ def _check(
     fixed: list[Cache],
     forecast: int,
     compensation: str,
-    images: int,
-    select: int,
-    fit: int,
-    held_out: int,
+    sizes: tuple[int, int, int, int],
     window: int,
+    processes: int,
 ) -> None:
+    images, select, fit, held_out = sizes
     one_of("compensation", compensation, (*KINDS, NONE))
     if forecast not in (0, 1):
         raise OptionError(f"forecast={forecast}: errors are measured for forecasts of order 0 and 1")
-    if min(images, select) < 1 or held_out < FEWEST or (compensation != NONE and fit < FEWEST_FIT) or window < 2:
+    few = min(images, select, held_out) < processes or held_out < FEWEST
+    if few or (compensation != NONE and fit < max(FEWEST_FIT, processes)) or window < 2:
         raise OptionError(
             f"calibrate cache needs an image to measure and to select on, {FEWEST_FIT} to fit on, {FEWEST} held_out "
-            f"ones and a window of 2: got {images}, {select}, {fit}, {held_out} and {window}"
+            f"ones (one of each for a process) and a window of 2: got {images}, {select}, {fit}, {held_out} and "
+            f"{window}, {processes} process(es)"
         )
     if not budgets and (not fixed or compensation == NONE):
         raise OptionError("nothing to calibrate: full and cache are empty, or there is no compensation to fit")

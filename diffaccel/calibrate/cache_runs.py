@@ -15,12 +15,13 @@ import torch
 
 from ..denoiser.cache import Cache
 from ..denoiser.cache_attach import cached
+from ..denoiser.cache_report import quantiles
 from ..denoiser.compensate import Compensation, Fit
 from ..errors import ArtifactError, OptionError
 from .cache_measure import Measurement
 from .engine import Batch, Engine
 from .schedule import Mask, intervals, letters, neighbours, shortest, shortest_few
-from .validate import ends, errors
+from .validate import ends, errors, over_processes
 from .watched import watched
 
 FEW = 4  # shortest paths that are tried on real runs
@@ -31,8 +32,13 @@ CLIFF = 2.0  # an error that grows by more than this from one threshold to the n
 
 @dataclass
 class Images:
-    """Batches of images and the last states (n, ...) of their full float runs."""
+    """Batches of images (of this process) and the last states (n, ...) of their full float runs.
 
+    Attributes:
+        tag: their name, for going on after a stop.
+    """
+
+    tag: str
     batches: list[Batch]
     ends: np.ndarray
 
@@ -61,19 +67,32 @@ class Runs:
         """Last states without a cache."""
         return ends(self.engine, f"{tag}/plain{calls}", batches, lambda: copy.deepcopy(self.scheduler), calls)
 
-    def states(
-        self, tag: str, batches: Sequence[Batch], cache: Cache, compensation: Compensation | None = None
-    ) -> np.ndarray:
-        """Last states with a cache."""
+    def images(self, tag: str, first: int, count: int) -> Images:
+        """Images first..first + count - 1 with their full runs."""
+        batches = self.engine.batches(first, count)
+        return Images(tag, batches, self.plain(tag, batches, self.steps))
+
+    def errors(self, images: Images, cache: Cache, compensation: Compensation | None = None) -> np.ndarray:
+        """Relative errors of runs with a cache, of the images of all processes."""
         name = letters(cache.full_steps(self.steps))
-        what = f"{tag}/{name}.{cache.forecast}{cache.level}{'' if compensation is None else '+vc'}"
+        what = f"{images.tag}/{name}.{cache.forecast}{cache.level}{'' if compensation is None else '+vc'}"
         with cached(self.engine.pipe, cache):
-            return ends(self.engine, what, batches, self.schedulers(compensation), self.steps)
+            z = ends(self.engine, what, images.batches, self.schedulers(compensation), self.steps)
+        return over_processes(self.engine, what, errors(z, images.ends))
+
+    def plain_errors(self, images: Images, calls: int) -> np.ndarray:
+        """As `errors`, of runs with fewer calls and no cache."""
+        z = self.plain(images.tag, images.batches, calls)
+        return over_processes(self.engine, f"{images.tag}/plain{calls}", errors(z, images.ends))
 
     def seconds(self, batch: Batch, cache: Cache | None = None) -> float:
-        """Of a whole run of a batch, the least of a few: CPU seconds on the CPU, where others may work too."""
+        """Of a whole run of a batch, the least of a few: CPU seconds on the CPU, where others may work too.
+
+        The mean over processes, because what runs next depends on it, and must be the same on all.
+        """
         with contextlib.nullcontext() if cache is None else cached(self.engine.pipe, cache):
-            return min(self._timed(batch) for _ in range(TIMED))
+            own = min(self._timed(batch) for _ in range(TIMED))
+        return float(over_processes(self.engine, "seconds", np.array([own])).mean())
 
     def _timed(self, batch: Batch) -> float:
         cuda = self.engine.device.type == "cuda"
@@ -89,6 +108,18 @@ class Runs:
         return lambda: watched(self.scheduler, state=None if compensation is None else compensation.apply)
 
     # ------------------------------------------------------------------ compensation
+    def share(self, first: int, count: int) -> Batch:
+        """This process's share of images that are fitted together, as one batch."""
+        engine, world = self.engine, self.engine.world
+        start, end = (first + count * r // world.size for r in (world.rank, world.rank + 1))
+        prompts = tuple(engine.prompts[i % len(engine.prompts)] for i in range(start, end))
+        return Batch(world.rank, prompts, tuple(engine.seed + i for i in range(start, end)))
+
+    def total(self, share: torch.Tensor) -> torch.Tensor:
+        """The sum over processes, the same on all."""
+        parts = over_processes(self.engine, "compensation", share.double().cpu().numpy().ravel())
+        return torch.from_numpy(parts.reshape(self.engine.world.size, *share.shape).sum(0)).to(share.device)
+
     def trajectory(self, batch: Batch) -> torch.Tensor:
         """States (N, B, ...) after each step of the full run of a batch."""
         states: list[torch.Tensor] = []
@@ -101,8 +132,8 @@ class Runs:
         return torch.stack(states)
 
     def compensate(self, batch: Batch, reference: torch.Tensor, cache: Cache, kind: str) -> Compensation | str:
-        """Fit a compensation on one batch, or say why there is none."""
-        fit = Fit(reference, kind)
+        """Fit a compensation on the batches of all processes, or say why there is none."""
+        fit = Fit(reference, kind, total=self.total)
 
         def correct(i: int, x: torch.Tensor) -> torch.Tensor:
             return fit.correct(i, x.cpu()).to(x.device)
@@ -126,20 +157,22 @@ class Runs:
                 told["quartiles of d"] = " ".join(f"{q:.3g}" for q in known["quantiles"])
                 told["nothing is reused below"] = known["quantiles"][0]
                 continue
-            error = float(e.mean())
+            error = float(np.nan_to_num(e, nan=1e30).mean())
             cliff = f", CLIFF: error x {error / before:.1f}" if error > CLIFF * before else ""
             told[f"{t:g}"] = f"error {error:.4f}, {known['full']:.1f} of {self.steps} steps full{cliff}"
             before = error if error > 0 else math.inf
         return told
 
     def _threshold(self, images: Images, cache: Cache, name: str) -> tuple[np.ndarray, dict[str, Any]]:
+        notes = self.engine.kept.notes
         with cached(self.engine.pipe, cache) as attached:
             z = ends(self.engine, name, images.batches, self.schedulers(None), self.steps)
-            if name not in self.engine.kept.notes:
+            if name not in notes:
                 report = attached.report()  # of the last batch
-                counts = [n for branch in report.full.values() for n in branch]
-                self.engine.kept.notes[name] = {"quantiles": report.quantiles, "full": sum(counts) / len(counts)}
-        return errors(z, images.ends), self.engine.kept.notes[name]
+                notes[name] = {"d": report.changes, "full": [n for rows in report.full.values() for n in rows]}
+        d, full = (over_processes(self.engine, f"{name}/{key}", np.array(notes[name][key])) for key in ("d", "full"))
+        e = over_processes(self.engine, name, errors(z, images.ends))
+        return e, {"quantiles": quantiles(d.tolist()), "full": float(full.mean())}
 
     # ------------------------------------------------------------------ masks
     def learn(self, images: Images, measured: Measurement, budget: int, window: int) -> tuple[Mask, dict[str, Any]]:
@@ -183,7 +216,7 @@ class Runs:
                 cache.full_steps(self.steps)
             except OptionError:
                 continue  # too few full steps before the first reused one, at every one of them
-            e = errors(self.states("select", images.batches, cache), images.ends)
+            e = self.errors(images, cache)
             scores[mask] = float(np.sqrt(np.mean(np.nan_to_num(e, nan=1e30, posinf=1e30) ** 2)))
 
 

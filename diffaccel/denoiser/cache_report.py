@@ -76,8 +76,7 @@ class CacheReport:
     @property
     def quantiles(self) -> list[float]:
         """Of `changes`: least, quartiles, largest; empty where nothing was measured."""
-        ordered = sorted(self.changes)
-        return [ordered[round(q * (len(ordered) - 1))] for q in SHARES] if ordered else []
+        return quantiles(self.changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -113,6 +112,12 @@ class CacheReport:
         if self.equal_calls is not None:
             lines.append(f"  to judge it, compare with a plain run of {self.equal_calls:.1f} calls: it costs the same")
         return "\n".join([*lines, *self.notes])
+
+
+def quantiles(changes: list[float]) -> list[float]:
+    """Least, quartiles, largest; empty of nothing."""
+    ordered = sorted(changes)
+    return [ordered[round(q * (len(ordered) - 1))] for q in SHARES] if ordered else []
 
 
 def _span(rows: list[int]) -> str:

@@ -7,6 +7,7 @@ the uncorrected trajectory, the rows multiply each other's corrections.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,13 @@ from ..errors import ArtifactError, OptionError, RunError, one_of
 
 KINDS = ("std", "ls", "tac")
 FEWEST = 8  # images of a fit
+Total = Callable[[torch.Tensor], torch.Tensor]  # the sum of a tensor over all processes
 GAIN, PRODUCT = (0.8, 1.25), (0.5, 2.0)  # beyond these a fit is not a correction but an artefact
+
+
+def alone(share: torch.Tensor) -> torch.Tensor:
+    """`Total` of one process."""
+    return share
 
 
 def channel_axis(x: torch.Tensor) -> int:
@@ -103,21 +110,30 @@ class Fit:
         compensation = fit.done()
 
     Args:
-        reference: (N, B, ...) states after each step of the unaccelerated run of the same noise, all images of the fit.
+        reference: (N, B, ...) states after each step of the unaccelerated run of the same noise, all images of the fit
+            (of this process).
         kind: "std": ratio of the standard deviations; "ls": least squares; "tac": least squares with the weights
             `1/max(e^2, v/100) + 1/v` of the reference's deviation e and variance v, which favour values near the mean.
         axis: of the channels; None: `channel_axis`.
         shift: correct the mean too; False keeps the accelerated run's.
+        total: sums over the processes that share the images; they call `correct` at the same steps.
 
     Raises:
         OptionError: an unknown kind, or fewer than 8 images.
     """
 
     def __init__(
-        self, reference: torch.Tensor, kind: str = "std", *, axis: int | None = None, shift: bool = True
+        self,
+        reference: torch.Tensor,
+        kind: str = "std",
+        *,
+        axis: int | None = None,
+        shift: bool = True,
+        total: Total = alone,
     ) -> None:
         self.kind, self.reference, self.shift = one_of("compensation", kind, KINDS), reference, shift
-        if reference.ndim < 3 or reference.shape[1] < FEWEST:
+        self.total = total
+        if reference.ndim < 3 or int(total(torch.tensor([float(reference.shape[1])]))) < FEWEST:
             raise OptionError(
                 f"a compensation is fitted on {FEWEST} images or more, the states of the reference have the shape "
                 f"{tuple(reference.shape)} (steps, images, ...)"
@@ -137,7 +153,7 @@ class Fit:
                 f"{tuple(x.shape)}, due is step {len(self._rows)} of {len(self.reference)} with states "
                 f"{tuple(self.reference.shape[1:])}"
             )
-        row = fit_row(self.reference[step], x, self.kind, self.axis, self.shift)
+        row = fit_row(self.reference[step], x, self.kind, self.axis, self.shift, self.total)
         self._rows.append(row)
         return _mapped(x, self.axis, *row)
 
@@ -155,26 +171,35 @@ class Fit:
 
 
 def fit_row(
-    reference: torch.Tensor, accelerated: torch.Tensor, kind: str = "std", axis: int | None = None, shift: bool = True
+    reference: torch.Tensor,
+    accelerated: torch.Tensor,
+    kind: str = "std",
+    axis: int | None = None,
+    shift: bool = True,
+    total: Total = alone,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(mu_ref, mu_acc, K), (C,) float64 each, of one step; means and variances are over images and positions (ddof 0).
 
     Args:
         reference, accelerated: (B, ...) states of the same images.
+        total: see `Fit`.
     """
     axis = channel_axis(reference) if axis is None else axis
     ref, acc = (v.detach().double().movedim(axis, 0).flatten(1) for v in (reference, accelerated))
-    mu_ref, mu_acc = ref.mean(1), acc.mean(1)
+    count, *sums = total(torch.stack([torch.full_like(ref[:, 0], ref.shape[1]), ref.sum(1), acc.sum(1)]))
+    mu_ref, mu_acc = (s / count for s in sums)
     e_ref, e_acc = ref - mu_ref[:, None], acc - mu_acc[:, None]
-    v_ref, v_acc = e_ref.square().mean(1), e_acc.square().mean(1)
+    parts = torch.stack([e_ref.square().sum(1), e_acc.square().sum(1), (e_ref * e_acc).sum(1)])
+    v_ref, v_acc, both = (s / count for s in total(parts))
     if kind == "std":
         gain = (v_ref / v_acc).sqrt()
     elif kind == "ls":
-        gain = (e_ref * e_acc).mean(1) / v_acc
+        gain = both / v_acc
     else:
         v = v_ref[:, None]
         weight = 1 / torch.maximum(e_ref.square(), 0.01 * v) + 1 / v
-        gain = (weight * e_ref * e_acc).sum(1) / (weight * e_acc.square()).sum(1)
+        above, below = total(torch.stack([(weight * e_ref * e_acc).sum(1), (weight * e_acc.square()).sum(1)]))
+        gain = above / below
     gain = torch.where((v_ref > 0) & (v_acc > 0), gain, torch.ones_like(gain))  # a constant channel has no gain
     row = (mu_ref if shift else mu_acc, mu_acc, gain)
     return tuple(part.cpu().numpy() for part in row)  # type: ignore[return-value]

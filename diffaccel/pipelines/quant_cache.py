@@ -206,7 +206,8 @@ class QuantCache:
 def _adapters(pipe: Any) -> list[str]:
     """Names of the LoRA that act on the denoisers, and of those that are fused."""
     found = [f"{name} (fused)" for name in getattr(pipe, "fused_loras", ())]
-    for model in denoisers(pipe).values():
+    models: Any = denoisers(pipe).values()
+    for model in models:
         found += model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else []
     return sorted(found)
 

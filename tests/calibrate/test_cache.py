@@ -14,10 +14,9 @@ import diffaccel as da
 from diffaccel import calibrate, models
 from diffaccel.artifact import Artifact
 from diffaccel.calibrate.cache_measure import Measure, Measurement, sources
-from diffaccel.calibrate.cache_runs import Images, Runs
+from diffaccel.calibrate.cache_runs import Runs
 from diffaccel.calibrate.engine import Engine
 from diffaccel.calibrate.schedule import every, intervals, letters
-from diffaccel.calibrate.validate import errors
 from diffaccel.calibrate.watched import watched
 from diffaccel.cli import main
 from diffaccel.denoiser.cache import Cache
@@ -108,11 +107,10 @@ def test_measurements_of_batches_add(pipe):
 def test_the_kept_mask_is_no_worse_than_any_interval_of_as_many_full_steps(pipe, made):
     (learned,) = [r for r in made.meta["runs"] if r["learned"]]
     runs = runs_of(pipe, Cache("mask", forecast=1, level="deep"))
-    batches = runs.engine.batches(FEW["images"], FEW["select"])  # chosen on these; nothing was measured on them
-    full = runs.plain("full", batches, STEPS)
+    images = runs.images("s", FEW["images"], FEW["select"])  # chosen on these; nothing was measured on them
 
     def error(mask):
-        return float(np.sqrt(np.mean(errors(runs.states("s", batches, runs.masked(mask)), full) ** 2)))
+        return float(np.sqrt(np.mean(runs.errors(images, runs.masked(mask)) ** 2)))
 
     kept = tuple(learned["mask"])
     assert sum(kept) == FULL == learned["full"] and kept[0] == 1
@@ -145,9 +143,7 @@ def test_the_receipt_tells_what_thresholds_do(pipe, made):
     assert quartiles == sorted(quartiles) and told["nothing is reused below"] == pytest.approx(quartiles[0], rel=0.01)
     low, high = told["nothing is reused below"] * 0.99, told["nothing is reused below"] * 1.01
     runs = runs_of(pipe, Cache("mask", forecast=1, level="deep"))
-    batches = runs.engine.batches(FEW["images"], FEW["select"])
-    full = runs.plain("full", batches, STEPS)
-    images = Images(batches, full)
+    images = runs.images("s", FEW["images"], FEW["select"])
     found = runs.thresholds(images, (low, high))
     assert found[f"{low:g}"].startswith(f"error 0.0000, {STEPS}.0 of") and "CLIFF" not in found[f"{low:g}"]
     assert f"{STEPS}.0 of" not in found[f"{high:g}"]
@@ -230,12 +226,12 @@ def test_forecast_and_compensation_beat_plain_runs_of_equal_work(pipe):
     cache = Cache.every(3, forecast=1)
     runs = Runs(engine(pipe), copy.deepcopy(pipe.scheduler), steps, Cache("mask", forecast=1, level="deep"))
     runs.engine.batch = images
-    ((fit,), (held,)) = runs.engine.batches(0, images), runs.engine.batches(images, images)
+    fit, held = runs.share(0, images), runs.images("held", images, images)
 
     def work(mask):
         counter = FlopCounterMode(display=False)
         with cached(pipe, replace(Cache.mask(mask), forecast=0)), counter:
-            runs.engine.run(held, copy.deepcopy(pipe.scheduler), len(mask))
+            runs.engine.run(held.batches[0], copy.deepcopy(pipe.scheduler), len(mask))
         return counter.get_total_flops()
 
     ones = work((1, 1))
@@ -244,9 +240,7 @@ def test_forecast_and_compensation_beat_plain_runs_of_equal_work(pipe):
     equal = int(np.ceil(full + (steps - full) * partial / (ones / 2)))
     assert full < equal < steps
     compensation = runs.compensate(fit, runs.trajectory(fit), cache, "std")
-    reference = runs.plain("full", [held], steps)
-    cheap = errors(runs.plain("plain", [held], equal), reference) ** 2
-    mine = errors(runs.states("mine", [held], cache, compensation), reference) ** 2
+    cheap, mine = runs.plain_errors(held, equal) ** 2, runs.errors(held, cache, compensation) ** 2
     assert mine.mean() < 0.7 * cheap.mean()
 
 

@@ -1,0 +1,33 @@
+"""`diffaccel calibrate cache` by 1, 2 and 3 forked processes; prints one JSON. No test file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import accelerate  # noqa: F401 - imported once, before the forks
+import torch
+from ranks import fork, wait
+
+import diffaccel.calibrate.cache
+import diffaccel.painter  # noqa: F401 - so are torch, diffusers and transformers
+from diffaccel.cli import main
+
+torch.set_num_threads(1)
+WORK = Path(sys.argv[1])
+SMALL = {"full": 4, "images": 2, "select": 4, "fit": 9, "held_out": 8, "thresholds": (0.1, 0.3), "progress": False}
+
+
+def start(name: str, size: int, **changes: object) -> list[int]:
+    given = ["calibrate", "cache", "tiny-sd", "--guidance", "1", "--calls", "8", "--cpu"]
+    given += [f"--set={key}={value}" for key, value in {**SMALL, **changes}.items()]
+    out = WORK / f"{name}.safetensors"
+    return fork(size, lambda: main([*given, "--out", str(out)]), WORK / f"{name}.log")
+
+
+found = {f"w{size}": wait(start(f"w{size}", size), 300) for size in (1, 2)}
+found["tac"] = wait(start("tac", 2, full=(), compensation="tac", thresholds=()), 300)
+found["tac alone"] = wait(start("tac alone", 1, full=(), compensation="tac", thresholds=()), 300)
+found["few"] = wait(start("few", 3), 300)  # two images to measure on
+print(json.dumps(found))
