@@ -22,9 +22,18 @@ def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class OnNodes(TableScheduler):
-    """A `TableScheduler` that runs on `given` nodes, where there are, whatever the pipeline asks for."""
+    """A `TableScheduler` that runs on `given` nodes, where there are, whatever the pipeline asks for.
+
+    `own_noise`: whether the pipeline makes its start noise; False where it is handed the state itself.
+    """
 
     given: Nodes | None = None
+    own_noise = True
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """As for the sampler; 1 where the pipeline is handed the state itself."""
+        return super().init_noise_sigma if self.own_noise else 1.0
 
     def set_timesteps(
         self,
@@ -49,7 +58,6 @@ class Captured(OnNodes):
     """
 
     _see: See | None = None
-    _own_noise = True
 
     @classmethod
     def of(
@@ -80,18 +88,13 @@ class Captured(OnNodes):
             data = {name: given.pop(name, get(sampler).defaults[name])}
             settings[name] = get(sampler).defaults[name]
         made: Captured = cls.from_config(model_config(config), sampler=sampler, **given, **settings)
-        made._filled, made.given, made._see, made._own_noise = data, nodes, see, own_noise
+        made._filled, made.given, made._see, made.own_noise = data, nodes, see, own_noise
         return made
 
     @property
     def nodes(self) -> Nodes:
         """The nodes of the last run."""
         return self._runs.need().grid
-
-    @property
-    def init_noise_sigma(self) -> float:
-        """As for the sampler; 1 where the pipeline is handed the state itself."""
-        return super().init_noise_sigma if self._own_noise else 1.0
 
     def step(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
         """As `TableScheduler.step`."""

@@ -36,7 +36,8 @@ def fit(
     order: int = 3,
     ridge: float = 1e-4,
     grids: str | Sequence[str] = "auto",
-    moves: int = 40,
+    moves: int = 16,
+    refine: int = 2,
     channels: bool | str = "auto",
     rounded: bool = False,
     rivals: str | None = "usual",
@@ -59,7 +60,7 @@ def fit(
         prompts: like the ones that it will be used with: a list or a file (classes of class-conditional models).
             16 or more; 48 different ones also judge on prompts that were not fitted to.
         calls: budgets of model calls.
-        samples, holdout, teacher_steps, order, ridge, moves, channels, rounded, rivals: see `fit_core.Plan`
+        samples, holdout, teacher_steps, order, ridge, moves, refine, channels, rounded, rivals: see `fit_core.Plan`
             (rivals=None is "none").
         seed: of the first input's noise.
         grids: candidates of `grid.GRIDS`; "auto" is all of them.
@@ -82,7 +83,7 @@ def fit(
     """
     plan = Plan(
         *(budgets(calls), samples, holdout, teacher_steps, order, ridge),
-        *(_grids(grids), moves, channels, rounded, rivals or "none"),
+        *(_grids(grids), moves, refine, channels, rounded, rivals or "none"),
     )
     how: dict[str, Any] = {"guidance": guidance, "call": call, "batch": batch, "seed": seed, "out": out}
     setup = prepared(KIND, pipe, prompts, plan, _json(plan), progress=progress, **how)
@@ -116,7 +117,7 @@ def fit_function(
         noise: (samples + holdout, ...) standard normal; the first `samples` are fitted to, the others judge.
         calls: budgets.
         batch: inputs that run together.
-        options: `teacher_steps`, `order`, `ridge`, `grids`, `rounded`: as of `fit`.
+        options: `teacher_steps`, `order`, `ridge`, `grids`, `moves`, `refine`, `rounded`: as of `fit`.
 
     Returns:
         artifact of kind "fit" without a model; the path's prediction type is "sample".

@@ -12,15 +12,14 @@ import numpy as np
 
 from ..core.path import Nodes
 from ..errors import OptionError, one_of
-from .fit_guard import Errors, Judgement, judge, relative
+from .fit_guard import Errors, judge, relative, report_of
 from .fit_rows import Gram, spread
-from .fit_run import Runner, Teacher, analytic, batches, fit_once, fit_rows, start_rows, student, teach
+from .fit_run import Memo, Runner, Teacher, Tensors, analytic, batches, fit_once, fit_rows, start_rows, student, teach
 from .grid import AUTO, GRIDS, choose, descend, teacher_nodes
+from .refine import Refiner, round_cost
 
-Tensors = dict[str, np.ndarray]
 Tables = dict[str, tuple[Nodes, np.ndarray]]  # by name: nodes and normalised rows
 RIVALS = ("usual", "all", "none")
-Memo = Callable[[str, Callable[[], Tensors]], Tensors]
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,8 @@ class Plan:
         grids: candidates; the best by cross-validation is taken.
         moves: how many changes of its nodes are then tried, and kept if cross-validation finds them
             better; none where the teacher's states do not fit in memory.
+        refine: rounds of Gauss-Newton on all rows and nodes together (see `refine`), each kept only if
+            cross-validation finds it better; none where the model computes in half precision.
         channels: a coefficient for each channel: True, False, or "auto": what cross-validation finds better.
         rounded: nodes at whole training steps, for models that embed integers.
         rivals: which of diffusers' schedulers are measured beside: "usual", "all", "none".
@@ -49,7 +50,8 @@ class Plan:
     order: int = 3
     ridge: float = 1e-4
     grids: tuple[str, ...] = AUTO
-    moves: int = 40
+    moves: int = 16
+    refine: int = 2
     channels: bool | str = "auto"
     rounded: bool = False
     rivals: str = "usual"
@@ -70,8 +72,10 @@ class Plan:
             raise OptionError(f"grids must name one or more of {', '.join(GRIDS)}")
         for name in self.grids:
             one_of("grid", name, GRIDS)
-        if isinstance(self.moves, bool) or not isinstance(self.moves, int) or self.moves < 0:
-            raise OptionError(f"moves must be a number of 0 or more, got {self.moves!r}")
+        for name in ("moves", "refine"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise OptionError(f"{name} must be a number of 0 or more, got {value!r}")
         if self.channels not in (True, False, "auto"):
             raise OptionError(f"channels must be True, False or 'auto', got {self.channels!r}")
         one_of("rivals", self.rivals, RIVALS)
@@ -93,6 +97,7 @@ class Plan:
                 total += trials * (_row_calls(n, part, batch) + n * part)
             total += n * s * (moves + 1) if once and moves else 0
             total += _row_calls(n, s, batch) + n * s + n * self.holdout * (3 + rivals + 1)
+            total += self.refine * s * round_cost(n, self.order, moves=not self.rounded)
         return total
 
 
@@ -234,11 +239,30 @@ class Fitting:
             groups, best = ((), alike) if alike <= best else (groups, best)
         if moves:
             chosen, report["moved nodes"] = self._moved(chosen, best, groups, moves)
-        nodes = self.teacher.at(chosen)
-        w = self._rows(self.inputs, chosen, groups)
-        start = start_rows(self.teacher.gram, nodes, chosen, self.plan.order, self.plan.ridge)
         report["coefficients"] = "one for each channel" if groups else "one for all channels"
-        return self._judged(calls, Fitted(nodes, w, spread(start, groups), report))
+        nodes, w = self._refined(calls, self.teacher.at(chosen), self._rows(self.inputs, chosen, groups), report)
+        return self._judged(calls, Fitted(nodes, w, spread(self._start(nodes, chosen), groups), report))
+
+    def _refined(self, calls: int, nodes: Nodes, w: np.ndarray, report: dict[str, Any]) -> tuple[Nodes, np.ndarray]:
+        """The table after as many rounds as cross-validation finds better; what they gained goes into the report."""
+        if not self.plan.refine:
+            return nodes, w
+        if not self.runner.smooth:
+            report["refined"] = "not at all: forward differences need a model in float32"
+            return nodes, w
+        refiner = Refiner(self.runner, self.teacher.images, moves=not self.plan.rounded)
+        nodes, w, rounds = refiner.rounds(self.plan.refine, self.inputs, nodes, w, self._under(f"refine/{calls}"))
+        report["refined"] = rounds
+        return nodes, w
+
+    def _under(self, folder: str) -> Memo:
+        return lambda name, compute: self.memo(f"{folder}/{name}", compute)
+
+    def _start(self, nodes: Nodes, chosen: Sequence[int]) -> np.ndarray:
+        """Rows with less history, of the teacher's nodes; what they add to the analytic ones is added near them too."""
+        made = partial(start_rows, self.teacher.gram, order=self.plan.order, ridge=self.plan.ridge)
+        there = self.teacher.at(chosen)
+        return made(nodes, None) + (made(there, chosen) - made(there, None))
 
     def _moved(
         self, chosen: list[int], best: float, groups: tuple[int, ...], moves: int
@@ -349,7 +373,7 @@ class Fitting:
         ]
         others = self.rivals(self.held, calls, self.teacher.images)
         found = judge(mine, [*analytics, *others[:1]], calibration)
-        report = _report(found, mine, calibration, analytics, others)
+        report = report_of(found, mine, calibration, analytics, others)
         if found.accepted:
             return report, None
         best = min(analytics, key=lambda e: e.geometric).name
@@ -358,31 +382,3 @@ class Fitting:
 
 def _key(chosen: Sequence[int], groups: tuple[int, ...]) -> str:
     return "-".join(map(str, chosen)) + ("c" if groups else "")
-
-
-def _report(
-    found: Judgement, mine: Errors, calibration: float, analytics: list[Errors], others: list[Errors]
-) -> dict[str, Any]:
-    """The receipt of one budget."""
-    present, stock = others[:1], others[1:]
-    report: dict[str, Any] = {
-        "verdict": mine.name if found.accepted else "analytic: " + "; ".join(found.notes),
-        "held-out": mine.summary() | {"images": len(mine.values)},
-        "calibration rmse": float(f"{calibration:.4g}"),
-        "best baseline": found.base.name,
-        "ratio to it [95 %]": [round(v, 4) for v in (found.ratio, found.low, found.high)],
-        "images improved": round(found.improved, 4),
-        "baselines": [e.summary() for e in (*analytics, *present)],
-    }
-    if stock:
-        best = min(stock, key=lambda e: float(np.median(e.values)))
-        ratio = float(np.median(mine.values) / np.median(best.values))
-        improved = float(np.mean(mine.values < best.values))
-        report["best stock scheduler"] = best.summary() | {
-            "tried": len(stock),
-            f"{mine.name} / stock, medians": float(f"{ratio:.4g}"),
-            "images improved": round(improved, 4),
-        }
-    if found.accepted and found.notes:
-        report["warnings"] = list(found.notes)
-    return report

@@ -102,3 +102,31 @@ def judge(fitted: Errors, bases: list[Errors], calibration: float) -> Judgement:
             f"calibration error {calibration:.4g}"
         )
     return Judgement(not refused, base, ratio, low, high, improved, (*refused, *warned))
+
+
+def report_of(
+    found: Judgement, mine: Errors, calibration: float, analytics: list[Errors], others: list[Errors]
+) -> dict[str, Any]:
+    """The receipt of one budget."""
+    present, stock = others[:1], others[1:]
+    report: dict[str, Any] = {
+        "verdict": mine.name if found.accepted else "analytic: " + "; ".join(found.notes),
+        "held-out": mine.summary() | {"images": len(mine.values)},
+        "calibration rmse": float(f"{calibration:.4g}"),
+        "best baseline": found.base.name,
+        "ratio to it [95 %]": [round(v, 4) for v in (found.ratio, found.low, found.high)],
+        "images improved": round(found.improved, 4),
+        "baselines": [e.summary() for e in (*analytics, *present)],
+    }
+    if stock:
+        best = min(stock, key=lambda e: float(np.median(e.values)))
+        ratio = float(np.median(mine.values) / np.median(best.values))
+        improved = float(np.mean(mine.values < best.values))
+        report["best stock scheduler"] = best.summary() | {
+            "tried": len(stock),
+            f"{mine.name} / stock, medians": float(f"{ratio:.4g}"),
+            "images improved": round(improved, 4),
+        }
+    if found.accepted and found.notes:
+        report["warnings"] = list(found.notes)
+    return report

@@ -12,7 +12,7 @@ import torch
 
 from ..core.grid import nodes as grid_nodes
 from ..core.path import Nodes
-from ..drive import steps_for
+from ..drive import denoiser, steps_for
 from ..errors import OptionError
 from ..schedulers import TableSchedulerOutput
 from ..schedulers.from_config import grid_of, read
@@ -76,12 +76,27 @@ class Piped:
         prompts = tuple(engine.prompts[i % len(engine.prompts)] for i in inputs)
         return Batch(0, prompts, tuple(engine.seed + i for i in inputs))
 
-    def run(self, inputs: Sequence[int], nodes: Nodes, step: Step, *, precise: bool = False) -> None:
+    @property
+    def smooth(self) -> bool:
+        """See `fit_run.Runner`."""
+        return denoiser(self.engine.pipe).dtype in (torch.float32, torch.float64)
+
+    def run(
+        self,
+        inputs: Sequence[int],
+        nodes: Nodes,
+        step: Step,
+        *,
+        begin: np.ndarray | None = None,
+        precise: bool = False,
+    ) -> None:
         """See `fit_run.Runner`."""
         scheduler = Steered.from_config(self._config, sampler="ddim")
         scheduler.given, scheduler.take, scheduler.precise = nodes, step, precise
+        scheduler.own_noise = begin is None
+        state = None if begin is None else torch.from_numpy(np.ascontiguousarray(begin))
         with suppress(_Enough):
-            self.engine.run(self.group(inputs), scheduler, len(nodes) - 1)
+            self.engine.run(self.group(inputs), scheduler, len(nodes) - 1, state)
 
     def shape(self) -> tuple[int, ...]:
         """Of one input's state, by a run that is left at its first call."""

@@ -15,6 +15,8 @@ from .fit_rows import Gram, moments, normalised, ridge_solve, scale, solved, spr
 
 # step(i, x, d): the state x and x0-prediction d of call i, (B, ...); returns the next state, or None to end the run.
 Step = Callable[[int, np.ndarray, np.ndarray], "np.ndarray | None"]
+Tensors = dict[str, np.ndarray]
+Memo = Callable[[str, Callable[[], Tensors]], Tensors]  # keeps pieces of work by name, for going on after a stop
 Target = Callable[[int, Sequence[int]], np.ndarray]  # target(i, inputs): normalised states that row i should give
 
 
@@ -24,11 +26,24 @@ class Runner(Protocol):
     path: Path
     batch: int
 
-    def run(self, inputs: Sequence[int], nodes: Nodes, step: Step, *, precise: bool = False) -> None:
+    @property
+    def smooth(self) -> bool:
+        """Whether the model computes in float32 or better, which forward differences need."""
+
+    def run(
+        self,
+        inputs: Sequence[int],
+        nodes: Nodes,
+        step: Step,
+        *,
+        begin: np.ndarray | None = None,
+        precise: bool = False,
+    ) -> None:
         """Call the model at `nodes[:-1]`, from `hypot(alpha, sigma) * noise`, with `step` in place of a scheduler.
 
         Args:
             inputs: at most `batch` of them.
+            begin: their states at `nodes[0]`, instead of noise.
             precise: keep the state in float32 between calls where the pipeline itself rounds it to half precision.
         """
 
@@ -47,9 +62,18 @@ class Functional:
     path: Path
     noise: np.ndarray
     batch: int = 1 << 30
+    smooth: bool = True
 
-    def run(self, inputs: Sequence[int], nodes: Nodes, step: Step, *, precise: bool = False) -> None:
-        x: np.ndarray | None = self.noise[list(inputs)] * scale(nodes[0])
+    def run(
+        self,
+        inputs: Sequence[int],
+        nodes: Nodes,
+        step: Step,
+        *,
+        begin: np.ndarray | None = None,
+        precise: bool = False,
+    ) -> None:
+        x: np.ndarray | None = self.noise[list(inputs)] * scale(nodes[0]) if begin is None else begin
         for i, node in enumerate(nodes[:-1]):
             assert x is not None
             x = step(i, x, np.asarray(self.predict(x, node)))
@@ -144,21 +168,29 @@ Seen = Callable[[int, list[np.ndarray]], bool]  # seen(i, features) before row i
 
 
 def student(
-    runner: Runner, inputs: Sequence[int], nodes: Nodes, w: np.ndarray, seen: Seen = lambda i, features: True
+    runner: Runner,
+    inputs: Sequence[int],
+    nodes: Nodes,
+    w: np.ndarray,
+    seen: Seen = lambda i, features: True,
+    begin: tuple[int, np.ndarray, Sequence[np.ndarray]] | None = None,
 ) -> np.ndarray | None:
     """Run normalised rows w (N, order + 1, ...) for one batch.
 
     Args:
         seen: sees `[u_i, D_i, D_{i-1}, ...]`, and may still change `w[i]`.
+        begin: (i, u_i, [D_{i-1}, D_{i-2}, ...]): run rows i to the last from there, instead of all from noise.
 
     Returns:
         the images, or None if `seen` ended the run.
     """
-    past: list[np.ndarray] = []
+    first, state, before = begin or (0, None, ())
+    past = list(before)
     result: list[np.ndarray] = []
     order, calls = w.shape[1] - 1, len(nodes) - 1
 
-    def step(i: int, x: np.ndarray, d: np.ndarray) -> np.ndarray | None:
+    def step(k: int, x: np.ndarray, d: np.ndarray) -> np.ndarray | None:
+        i = first + k
         _check(i, d, calls)
         past.insert(0, d)
         del past[order:]
@@ -169,7 +201,8 @@ def student(
         result[:] = [u]
         return u * scale(nodes[i + 1])
 
-    runner.run(inputs, nodes, step)
+    start = None if state is None else state * scale(nodes[first])
+    runner.run(inputs, Nodes(nodes[first:], nodes.path), step, begin=start)
     return result[0] if len(result) and len(past) else None
 
 

@@ -25,7 +25,10 @@ from diffaccel.schedulers import FittedScheduler, TableScheduler
 from diffaccel.testing import pipelines
 
 pytestmark = pytest.mark.filterwarnings("ignore::diffaccel.errors.ArtifactWarning")
-SMALL: dict[str, Any] = {"samples": 4, "holdout": 4, "teacher_steps": 24, "grids": "dp2", "moves": 0, "channels": False}
+SMALL: dict[str, Any] = {"samples": 4, "holdout": 4, "teacher_steps": 24, "grids": "dp2", "channels": False} | {
+    "moves": 0,
+    "refine": 0,
+}
 PROMPTS = ["a red fox", "a blue car", "two boats", "a hat", "snow", "a tree", "an owl", "the sea"]
 
 
@@ -77,7 +80,8 @@ def test_the_scheduler_lands_where_the_fit_did(name: str, channels: bool) -> Non
         pipe.scheduler = TableScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
     before = pipe.scheduler
     call = call_of(kind)
-    made = calibrate.fit(pipe, PROMPTS, 4, **{**SMALL, "channels": channels}, progress=False, batch=4, **call)
+    options = {**SMALL, "channels": channels, "refine": 1}
+    made = calibrate.fit(pipe, PROMPTS, 4, **options, progress=False, batch=4, **call)
     assert pipe.scheduler is before
     runner = Piped(Engine(pipe, PROMPTS, call=call, batch=4, progress=False))
     rows = Tables.of(made).rows(4)
@@ -104,7 +108,7 @@ def test_the_receipt_is_what_a_user_measures(sd15: tuple[Any, Artifact]) -> None
 
 def test_cost_is_counted_and_planned(capsys: pytest.CaptureFixture[str]) -> None:
     """What is printed before the run bounds what is spent; schedulers that cannot make so many calls spend nothing."""
-    _, made = piped("sd15", progress=True)
+    _, made = piped("sd15", progress=True, refine=1)
     planned = int(re.search(r"fit: at most (\d+) model calls", capsys.readouterr().out)[1])  # type: ignore[index]
     assert made.meta["cost"] == made.receipt["cost"]
     assert 0.5 * planned < made.meta["cost"]["calls"] <= planned

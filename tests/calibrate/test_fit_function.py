@@ -11,7 +11,8 @@ from diffaccel import calibrate
 from diffaccel.artifact import Artifact
 from diffaccel.calibrate.fit_core import Fitting, Plan
 from diffaccel.calibrate.fit_guard import Errors, judge, paired, relative
-from diffaccel.calibrate.fit_run import Functional, analytic, teach
+from diffaccel.calibrate.fit_rows import Gram
+from diffaccel.calibrate.fit_run import Functional, Teacher, analytic, teach
 from diffaccel.calibrate.grid import descend
 from diffaccel.core.path import Nodes, Path
 from diffaccel.errors import OptionError
@@ -43,7 +44,10 @@ def function_artifact() -> Artifact:
 # ---------------------------------------------------------------------- a mixture
 @pytest.mark.parametrize("calls", [8, 10])
 def test_far_nearer_than_the_best_analytic_table(calls: int) -> None:
-    """Against DPM-Solver++ 2M on four grids. Few images end in another mode than the teacher's and decide the RMSE."""
+    """Against DPM-Solver++ 2M on four grids, up to the 95 % of the images that end in the teacher's mode.
+
+    One to three of 96 end in another one, with either: the root mean square is theirs.
+    """
     from diffaccel.core.grid import nodes as grid_nodes
 
     path, problem = Path.vp_linear(), mixture()
@@ -51,14 +55,15 @@ def test_far_nearer_than_the_best_analytic_table(calls: int) -> None:
     made = Fitting(Functional(problem.denoise, path, noise), Plan((calls,), holdout=96, moves=0, rivals="none"))
     made.learn()
     fitted = made.fit(calls)
+    assert fitted.report["verdict"] == "fitted"
     best = []
     for grid in ("linspace_open", "karras", "uniform_lambda", "quadratic"):
         nodes = grid_nodes(path, calls, grid)
-        best.append(made.errors(grid, nodes, analytic(nodes, 3), made.held))
-    found = fitted.report["held-out"]
-    assert fitted.report["verdict"] == "fitted"
-    assert found["median"] <= 0.6 * min(float(np.median(e.values)) for e in best)
-    assert found["rmse"] <= 0.65 * min(e.rmse for e in best)
+        best.append(made.errors(grid, nodes, analytic(nodes, 3), made.held).values)
+    mine = made.errors(f"{calls}/fitted", fitted.nodes, fitted.w, made.held).values
+    for share, bound in ((0.5, 0.4), (0.75, 0.4), (0.95, 0.6)):
+        assert np.quantile(mine, share) <= bound * min(np.quantile(e, share) for e in best), share
+    assert np.mean(mine > 0.5) <= 0.03
 
 
 def test_moved_nodes_are_better_on_held_out_noise() -> None:
@@ -165,8 +170,10 @@ def test_a_run_can_begin_anywhere(function_artifact: Artifact, begin: int) -> No
     nodes = Nodes(tables.rows(5).nodes(path.end), path)
     noise = np.random.default_rng(3).standard_normal((32, 64))
     made = Fitting(Functional(problem.denoise, path, noise), Plan((5,), samples=16, holdout=16, teacher_steps=60))
-    k = int(np.argmin([abs(n.t - nodes[begin].t) for n in made.teacher.nodes[:-1]]))
-    assert made.teacher.nodes[k].t == pytest.approx(nodes[begin].t)
+    among = [n for n in made.teacher.nodes[:-1] if abs(n.t - nodes[begin].t) > 1e-6]
+    merged = Nodes([*sorted([*among, nodes[begin]], key=lambda n: n.lam), path.end], path)
+    k = next(k for k, n in enumerate(merged) if n is nodes[begin])
+    made.teacher = Teacher(merged, Gram(len(merged) - 1))
     teach(made.runner, range(32), made.teacher, gram=False, keep=[k])
     x = np.stack([made.teacher.states[k, n] for n in range(32)])
     wanted = np.stack([made.teacher.images[n] for n in range(32)])
