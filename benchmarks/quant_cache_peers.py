@@ -20,13 +20,14 @@ Wrap = Callable[[Any], Any]  # pipeline -> context manager; the pipeline is call
 
 @contextlib.contextmanager
 def twin(pipe: Any) -> Iterator[torch.nn.Module]:
-    """A copy of the transformer in its place."""
-    own = pipe.transformer
-    pipe.transformer = copy.deepcopy(own)
+    """A copy of the denoiser in its place."""
+    name = "unet" if hasattr(pipe, "unet") else "transformer"
+    own = getattr(pipe, name)
+    setattr(pipe, name, copy.deepcopy(own))
     try:
-        yield pipe.transformer
+        yield getattr(pipe, name)
     finally:
-        pipe.transformer = own
+        setattr(pipe, name, own)
 
 
 def diffusers_peer(make: Callable[[Any, Callable[[], float]], Any], apply: Callable[..., None]) -> Wrap:
