@@ -129,7 +129,7 @@ def open_stage(run: StagedRun, base: TableScheduler, carry: bool, device: torch.
     part = Table(rows, table.sampler, table.options)
     output, policy = output_of(base.config), policy_of(base.config)
     made = Run(part, own, Nodes(own, run.path), run.timesteps, run.sigmas, run.timesteps)
-    made.rows = [compiled(row, output, policy, device) for row in rows]
+    made.rows = compiled(rows, output, policy, device)
     made.policy, made.depth, made.noise_depth = policy, part.depth, part.noise_depth
     made.registers = [None] * part.slots
     made.history = [resized(p, run.size) for p in run.history or []] if carry else []
