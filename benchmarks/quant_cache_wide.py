@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import quant_cache_memory as memory
 import quant_cache_peers as peers
 import torch
 import torch._inductor.config as inductor
@@ -73,7 +74,9 @@ def wide() -> dict[str, Any]:
             with wrap(pipe) as handle:
                 if "compiled" in name:
                     call(steps)
+                before = memory.from_here()
                 row["error"], row["seconds"] = measured(call, steps, reference)
+                row["peak"] = memory.since(before)
                 if hasattr(handle, "report") and handle.report().cache is not None:
                     report = handle.report().cache
                     row["full"] = report.forwards["full"]
