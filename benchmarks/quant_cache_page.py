@@ -13,7 +13,8 @@ Versions: {versions}.
 **error**: mean of |z - z*| / |z*| to the latents of the run with all steps, same noise. **plain of equal time**: the
 run with fewer steps of the same scheduler that takes as long or longer, and its error; the verdict is a paired 95 %
 bootstrap interval over images (for compiled rows the plain runs count as faster by what compiling alone gains).
-**FID (tiny-fashion)**: features of the embedded network, comparable with no published number; in brackets its change from the run with all steps and the half width of the 95 % interval of this change.
+**FID (tiny-fashion)**: features of the embedded network, comparable with no published number; in brackets
+its change from the run with all steps and the half width of the 95 % interval of this change.
 **memory**: MiB of the process at most above what there was before the call, and of it what the cache keeps; the
 allocator's reuse makes the first vary by some 5 MiB from call to call.
 """
