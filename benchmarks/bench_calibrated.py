@@ -22,7 +22,7 @@ import torch
 
 from diffaccel import calibrate, compare, models
 from diffaccel.artifact import Artifact
-from diffaccel.calibrate.ems import GRIDS, SOLVERS
+from diffaccel.calibrate.ems_choice import GRIDS, SOLVERS
 from diffaccel.calibrate.engine import Batch, Captured, Engine
 from diffaccel.calibrate.validate import errors, interval
 from diffaccel.core.quad import Ems

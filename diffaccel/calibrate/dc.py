@@ -22,7 +22,7 @@ from .captured import Captured
 from .cpr import fit_cpr
 from .dc_search import BOUNDS, EVALUATIONS, OBJECTIVES, TEACHER, TOLERANCE, Search, Student, refined, teacher_states
 from .engine import Batch, Engine
-from .validate import FEWEST, STOCK, best_stock, ends, errors, over_processes, verdict
+from .validate import FEWEST, STOCK, best_stock, ends, errors, over_processes, run_errors, verdict
 
 
 def dc(
@@ -218,11 +218,11 @@ def _run(
     rho = search.ratios()
     target = teacher[:, -1]
     with_ = over_processes(engine, f"{tag}/train", errors(np.concatenate([z.numpy() for z in search.ends]), target))
-    plain = ends(engine, f"{tag}/train/parent", batches, lambda: student.scheduler(None), n)
-    without = over_processes(engine, f"{tag}/train/plain", errors(plain, target))
+    plain = run_errors(engine, f"{tag}/train/parent", batches, lambda: student.scheduler(None), n, target)
+    without = over_processes(engine, f"{tag}/train/plain", plain)
 
     pair_ = [
-        over_processes(engine, f"{tag}/{what}/errors", errors(ends(engine, f"{tag}/{what}", held, make, n), last))
+        over_processes(engine, f"{tag}/{what}/errors", run_errors(engine, f"{tag}/{what}", held, make, n, last))
         for what, make in (
             ("valid/parent", lambda: student.scheduler(None)),
             ("valid/compensated", lambda: student.scheduler(rho)),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,48 +23,15 @@ from ..identity import model_identity
 from ..parallel.protocol import World
 from ..schedulers import TableScheduler
 from ..schedulers.settings import path_of
+from .ems_choice import TEACHER, TEACHER_GRID, expected, validated
 from .ems_probe import METHODS, ForwardProbe, Probe, TrajectoryProbe, choose_method, duals, stat_nodes
 from .ems_stats import REDUCE, Tensors, fitted, merged
 from .engine import Batch, Captured, Engine
-from .validate import FEWEST, Verdict, best_stock, ends, errors, over_processes, verdict
+from .validate import FEWEST, STOCK
 
 POINTS = ("trajectory", "forward")
 LARGE = 64 * 2**20  # bytes of an artifact above which statistics are kept by channel
-TEACHER = ("dpmpp", {"order": 3, "form": "exact"})
-TEACHER_GRID: dict[str, Any] = {"grid": "mid", "grid_options": {"w": 0.5}}
 CLEAN_CALLS = 20  # of the runs that make the images for points="forward"
-# Grid and solver belong together, so they are chosen together. With strong guidance the best have no corrector.
-GRIDS: tuple[dict[str, Any], ...] = (
-    {"grid": "trailing"},
-    {"grid": "karras", "grid_options": {"rho": 4.0}},
-    {"grid": "mid", "grid_options": {"w": 0.15}},
-    {"grid": "mid", "grid_options": {"w": 0.4}},
-    {"grid": "uniform_lambda"},
-)
-SOLVERS: tuple[dict[str, Any], ...] = ({"order": 2, "corrector": None}, {"order": 2, "corrector": "plus"})
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A grid and options of the sampler."""
-
-    grid: Mapping[str, Any]
-    options: Mapping[str, Any]
-
-    def scheduler(self, config: Mapping[str, Any], statistics: Ems | str) -> Captured:
-        """For the pipeline."""
-        return Captured.of(config, "dpm_v3", {**self.options, "statistics": statistics}, **self.grid)
-
-    def advice(self) -> dict[str, Any]:
-        """As an artifact says it."""
-        return {"sampler": "dpm_v3", "options": dict(self.options), **self.grid}
-
-    def __str__(self) -> str:
-        words = [self.grid["grid"], *(f"{k}={v}" for k, v in self.grid.get("grid_options", {}).items())]
-        return ", ".join([*words, *(f"{k}={v}" for k, v in self.options.items())])
-
-
-SETTINGS = tuple(Setting(g, o) for g, o in itertools.product(GRIDS, SOLVERS))
 
 
 @dataclass(frozen=True)
@@ -111,15 +77,17 @@ def ems(
 ) -> Artifact:
     """Measure the statistics of DPM-Solver-v3 on the user's checkpoint.
 
-    A grid and a solver are chosen for them on other noise, and the same choice is made for the sampler without
-    statistics; the two are then compared on noise that neither has seen. Where the paired interval of the errors does
-    not lie below zero, the receipt says "no benefit found".
+    For each number of calls a grid and a solver are chosen for them on other noise, and the same choice is made for
+    the sampler without statistics; the two are then compared on noise that neither has seen. Where the paired interval
+    of the errors does not lie below zero, the receipt says "no benefit found". A choice that is not better than the
+    checkpoint's grid with the sampler's default options, by the same rule, is not kept.
 
     Args:
         pipe: a diffusers pipeline; its own call is what runs.
         prompts: used in turn.
         guidance: scale; None: the pipeline's own.
-        calls: numbers of model calls to validate at; the choice is made at the middle one.
+        calls: numbers of model calls to choose settings for and to validate at; a run of another number takes the
+            settings of the nearest.
         images: trajectories (or clean images) that the statistics are taken over.
         nodes: intervals of the statistics along lam.
         reduce: "element" (one value a pixel and channel: one size of image only), "channel", "scalar" (any size), or
@@ -175,12 +143,13 @@ def ems(
         fit = fitted(lams, found, smooth_space=how.smooth_space or 0.0, smooth_lam=smooth_lam, ridge=ridge)
         tensors: Tensors = {k: v if k == "lam" else v.astype(np.float32) for k, v in fit.ems.tensors().items()}
         statistics = Ems(tensors["lam"], tensors["l"], tensors["s"], tensors["b"])
-        setting, receipt = _validated(engine, config, statistics, calls, (images, chosen_on, held_out), teacher_calls)
+        parts = images, chosen_on, held_out
+        by_calls, receipt = validated(engine, config, statistics, calls, parts, teacher_calls)
         cost = engine.cost
     first = seed + images
     meta = {
         "options": dict(vars(how)) | {"method_because": why, "outliers": fit.outliers},
-        "scheduler": setting.advice(),
+        "scheduler": {"sampler": "dpm_v3", "by_calls": by_calls},
         "path": path_identity(path, config["prediction_type"]),
         "model": settings["model"],
         "guidance": guidance,
@@ -214,9 +183,8 @@ def _expected(how: Measurement, calls: Sequence[int], chosen_on: int, held_out: 
     """About how many model calls of images all of it takes."""
     visits = (2 if how.points == "trajectory" else 3) * (how.nodes + 1)
     made = how.images * (visits + (CLEAN_CALLS if how.points == "forward" else 0))
-    middle = sorted(calls)[len(calls) // 2]
-    made += chosen_on * (teacher + 2 * len(SETTINGS) * middle)
-    return made + held_out * (teacher + 8 * sum(calls))
+    made += chosen_on * (teacher + expected(calls))
+    return made + held_out * (teacher + (4 + len(STOCK) // 2) * sum(calls))
 
 
 # ---------------------------------------------------------------------- measuring
@@ -295,62 +263,3 @@ def _run(engine: Engine, batch: Batch, probe: Probe, method: str, latents: torch
     with duals(denoiser(engine.pipe)) if method == "jvp" else nullcontext():
         engine.run(batch, probe, 1, latents)
     return probe.moments
-
-
-# ---------------------------------------------------------------------- the choice, and whether it helps
-def _validated(
-    engine: Engine,
-    config: Mapping[str, Any],
-    statistics: Ems,
-    calls: Sequence[int],
-    parts: tuple[int, int, int],
-    teacher_calls: int,
-) -> tuple[Setting, dict[str, Any]]:
-    """The setting to ship, and the receipt."""
-    images, chosen_on, held_out = parts
-    middle = sorted(calls)[len(calls) // 2]
-    trial = _Trial(engine, config, "choose", engine.batches(images, chosen_on), teacher_calls)
-    best = {name: trial.best(value, name, middle) for name, value in _kinds(statistics)}
-    final = _Trial(engine, config, "valid", engine.batches(images + chosen_on, held_out), teacher_calls)
-    found: dict[int, Verdict] = {}
-    receipt: dict[str, Any] = {}
-    for n in calls:
-        pair = [final.errors(best[name], value, name, n) for name, value in _kinds(statistics)]
-        found[n] = verdict(*pair)
-        stock = best_stock(engine, f"valid/{n}", final.batches, final.target, n, engine.pipe.scheduler.config)
-        receipt[f"{n} calls"] = {"held-out error": found[n].to_json(), "best stock scheduler": stock}
-    helped = [n for n in calls if found[n].helps]
-    result = f"helps at {', '.join(map(str, helped))} of {', '.join(map(str, calls))} calls" if helped else (
-        "no benefit found"
-    )  # fmt: skip
-    settings = {"with statistics": str(best["statistics"]), "without": str(best["none"])}
-    return best["statistics"], {"result": result, "settings": settings, **receipt}
-
-
-def _kinds(statistics: Ems) -> tuple[tuple[str, Ems | str], ...]:
-    return ("none", "none"), ("statistics", statistics)
-
-
-class _Trial:
-    """Errors to a teacher on some images."""
-
-    def __init__(
-        self, engine: Engine, config: Mapping[str, Any], tag: str, batches: Sequence[Batch], teacher_calls: int
-    ) -> None:
-        self.engine, self.config, self.tag, self.batches = engine, config, tag, batches
-        self.target = ends(engine, f"{tag}/teacher", batches, self._teacher, teacher_calls)
-
-    def _teacher(self) -> Captured:
-        return Captured.of(self.config, TEACHER[0], TEACHER[1], **TEACHER_GRID)
-
-    def errors(self, setting: Setting, statistics: Ems | str, name: str, n: int) -> np.ndarray:
-        """Of each image of all processes, (n,)."""
-        tag = f"{self.tag}/{name}/{n}/{setting}"
-        make: Callable[[], Captured] = lambda: setting.scheduler(self.config, statistics)  # noqa: E731
-        return over_processes(
-            self.engine, f"{tag}/errors", errors(ends(self.engine, tag, self.batches, make, n), self.target)
-        )
-
-    def best(self, statistics: Ems | str, name: str, n: int) -> Setting:
-        """The setting with the lowest mean error."""
-        return min(SETTINGS, key=lambda s: float(np.nan_to_num(self.errors(s, statistics, name, n), nan=1e30).mean()))

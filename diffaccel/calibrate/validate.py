@@ -116,10 +116,35 @@ def ends(
     def work(batch: Batch) -> dict[str, np.ndarray]:
         return {"z": engine.run(batch, make(), steps, **call).detach().double().cpu().numpy()}
 
-    def joined(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {"z": np.concatenate([a["z"], b["z"]])}
+    return engine.accumulate(name, batches, work, _joined, gather=False)["z"]
 
-    return engine.accumulate(name, batches, work, joined, gather=False)["z"]
+
+def run_errors(
+    engine: Engine,
+    name: str,
+    batches: Sequence[Batch],
+    make: Callable[[], Any],
+    steps: int,
+    teacher: np.ndarray,
+    **call: Any,
+) -> np.ndarray:
+    """Relative errors of runs, (n,), of this process's images; arguments as in `ends`. No states are kept.
+
+    Args:
+        teacher: last states of this process's images, (n, ...).
+    """
+    stops = np.cumsum([len(b) for b in batches])
+    mine = {b.index: slice(stop - len(b), stop) for b, stop in zip(batches, stops, strict=True)}
+
+    def work(batch: Batch) -> dict[str, np.ndarray]:
+        states = engine.run(batch, make(), steps, **call).detach().double().cpu().numpy()
+        return {"e": errors(states, teacher[mine[batch.index]])}
+
+    return engine.accumulate(name, batches, work, _joined, gather=False)["e"]
+
+
+def _joined(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {key: np.concatenate([a[key], b[key]]) for key in a}
 
 
 def over_processes(engine: Engine, name: str, values: np.ndarray) -> np.ndarray:
@@ -145,14 +170,18 @@ def best_stock(
         for candidate in (c for c in stock(config) if c.name in STOCK and (ramps or not c.ramp)):
             more = {"sigmas": np.linspace(1.0, 1 / calls, calls).tolist()} if candidate.ramp else {}
             tag, make = f"{name}/{candidate.name}", partial(candidate.make, config)
+            own = np.zeros(0)
             try:
-                states = ends(engine, tag, batches, make, calls, **more)
+                own = run_errors(engine, tag, batches, make, calls, teacher, **more)
             except DiffaccelError:
                 raise
             except (ValueError, IndexError, RuntimeError, ImportError) as error:  # this setting cannot run here
                 failed[candidate.name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+            parts = engine.world.gather(f"{tag}/errors", own.tobytes(), timeout=None)
+            if not all(parts):  # a process that went on alone would wait for ever
+                failed.setdefault(candidate.name, "failed on another process")
                 continue
-            e = over_processes(engine, f"{tag}/errors", errors(states, teacher))
+            e = np.concatenate([np.frombuffer(part) for part in parts])
             found.append((float(np.nan_to_num(e, nan=1e30).mean()), float(np.median(e)), candidate.name))
     finally:
         logging.set_verbosity(told)

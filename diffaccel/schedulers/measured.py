@@ -51,6 +51,13 @@ def measured(
     return dict(found["options"]) if _agrees(found, settings, own, defaults) else {}
 
 
+def advice(artifact: Artifact, calls: int) -> dict[str, Any]:
+    """What an artifact was calibrated with ("sampler", "options", "grid", "grid_options"), for a run of `calls`."""
+    told, held = dict(artifact.meta.get("scheduler") or {}), held_by(artifact)
+    best = held[nearest_calls(held, calls)][0] if held else {}
+    return {k: v for k, v in {**told, **best}.items() if k not in ("by_calls", "error")}
+
+
 def where_measured(artifact: Artifact | None, calls: int) -> list[str]:
     """A note for a run of a number of calls that nothing was measured at, if it is one."""
     held = held_by(artifact)

@@ -11,6 +11,7 @@ from ..errors import OptionError
 from ..pipelines.recipe import Choice
 from ..samplers.registry import get
 from ..schedulers.from_config import Reading, grid_of
+from ..schedulers.measured import advice
 from .candidates import Asked, source
 
 Options = Mapping[str, Any]
@@ -148,12 +149,12 @@ def _fitted(asked: Asked) -> list[Choice]:
         if asked.calls not in held.meta.get("calls", [asked.calls]):
             asked.left_out[held.file] = f"holds {held.meta['calls']} calls, not {asked.calls}"
             continue
-        advice = held.meta.get("scheduler") or {}
-        if "sampler" in advice:
-            settings = {"sampler": advice["sampler"], "sampler_options": advice.get("options")}
+        told = advice(held, asked.calls)
+        if "sampler" in told:
+            settings = {"sampler": told["sampler"], "sampler_options": told.get("options")}
             placed = ("grid", "grid_options", "final_sigmas_type")
-            settings |= {k: advice[k] for k in placed if advice.get(k) is not None}
-            name = f"{advice['sampler']}({held.file})"
+            settings |= {k: told[k] for k in placed if told.get(k) is not None}
+            name = f"{told['sampler']}({held.file})"
             found.append(Choice(name, "scheduler", settings, asked.calls, artifact=embedded(held, asked.calls)))
         elif held.kind == GRID_KIND:
             times = held.tensors[f"n{asked.calls}.node"][:, 0].tolist()

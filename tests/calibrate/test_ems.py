@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from mixture_pipe import mixture_pipe
+from ranks_in_threads import as_ranks
 
 import diffaccel
 from diffaccel import calibrate
 from diffaccel.artifact import Artifact
+from diffaccel.calibrate.ems_choice import Setting
 from diffaccel.calibrate.ems_import import imported
 from diffaccel.calibrate.ems_probe import TrajectoryProbe, stat_nodes
 from diffaccel.calibrate.ems_stats import moments_of, stacked
@@ -47,15 +49,84 @@ def test_the_user_s_scheduler_has_the_error_that_was_promised(made, tmp_path):
     file = made.save(tmp_path / "ems.safetensors")
     pipe = mixture_pipe()
     scheduler = DPMSolverV3Scheduler.from_config(pipe.scheduler.config, artifact=str(file))
-    assert scheduler.config.grid == made.meta["scheduler"]["grid"]
+    best = made.meta["scheduler"]["by_calls"]["10"][0]
+    assert scheduler.config.grid == "by_calls" and scheduler.config.sampler_options is None
     engine = Engine(pipe, ["0"], batch=64, progress=False)
     held = engine.batches(192 + 32, 64)[0]
     teacher = TableScheduler.from_config(
         pipe.scheduler.config, sampler="dpmpp", order=3, form="exact", grid="mid", grid_options={"w": 0.5}
     )
     target, ours = engine.run(held, teacher, 64), engine.run(held, scheduler, 10)
+    assert {**scheduler.table.options, **best["options"]} == scheduler.table.options
     mean = errors(ours.numpy(), target.numpy()).mean()
     assert mean == pytest.approx(made.receipt["10 calls"]["held-out error"]["calibrated"], rel=1e-3)
+
+
+def test_each_number_of_calls_has_its_setting_and_the_receipt_says_by_how_much(made):
+    by_calls = made.meta["scheduler"]["by_calls"]
+    assert set(by_calls) == {"6", "10"}
+    for n, settings in by_calls.items():
+        told = made.receipt[f"{n} calls"]["with statistics"]
+        shown = [str(Setting({"grid": s["grid"], "grid_options": s["grid_options"]}, s["options"])) for s in settings]
+        assert shown[0] == told["setting"] and len(shown) == told["tried"] == len(set(shown))
+        if told["verdict"] == "helps":
+            errors_ = [s["error"] for s in settings]
+            assert errors_ == sorted(errors_) and errors_[0] == told["error where it was chosen"]["setting"]
+            assert told["held-out error"]["high"] < 0
+        else:
+            assert shown[0] == told["default"]
+    assert any(made.receipt[f"{n} calls"]["with statistics"]["verdict"] == "helps" for n in by_calls)
+    kinds = [made.receipt["10 calls"][k]["held-out error"] for k in ("with statistics", "without")]
+    assert made.receipt["10 calls"]["held-out error"]["calibrated"] == kinds[0]["calibrated"]
+    assert made.receipt["10 calls"]["held-out error"]["parent"] in (kinds[1]["calibrated"], kinds[1]["parent"])
+
+
+def test_a_setting_that_is_not_better_on_other_noise_is_not_kept(monkeypatch):
+    """The choice is made on noise of its own; an error that only those images have does not survive the others."""
+    module = importlib.import_module("diffaccel.calibrate.ems_choice")
+    config = TableScheduler.from_config(mixture_pipe().scheduler.config, grid="trailing").config
+    assert str(module.default(config)) == "trailing, order=2, corrector=plus"
+
+    class Lucky:
+        """Errors of 16 images by setting: one setting is the best in the choice alone, another one always."""
+
+        def __init__(self, tag, always):
+            self.tag, self.config, self.always = tag, config, always
+
+        ranking = module.Trial.ranking
+
+        def errors(self, setting, statistics, n):
+            own = np.random.default_rng(len(str(setting))).normal(0, 0.01, 16)
+            if "uniform_lambda" in str(setting):
+                return 0.3 + own - (0.2 if self.always or self.tag == "choose" else 0.0)
+            return 0.3 + own
+
+    for always in (True, False):
+        found = module.chosen(Lucky("choose", always), Lucky("valid", always), "none", 5)
+        first = str(found.ranking[0][1])
+        assert ("uniform_lambda" in first) == always and found.receipt["setting"] == first
+        assert found.receipt["verdict"] == ("helps" if always else "no benefit found")
+        assert found.errors.mean() == pytest.approx(0.1 if always else 0.3, abs=0.02)
+        assert len(found.ranking) == found.receipt["tried"] == 10 + 7
+
+
+def test_processes_share_the_choice_and_the_validation():
+    few = {
+        **QUICK,
+        "batch": 64,
+        "images": 8,
+        "nodes": 6,
+        "chosen_on": 4,
+        "held_out": 9,
+        "calls": [3],
+        "teacher_calls": 8,
+    }
+    alone = calibrate.ems(mixture_pipe(), ["0"], **few)
+    for made in as_ranks(2, lambda world: calibrate.ems(mixture_pipe(), ["0"], world=world, **few)):
+        for name, values in alone.tensors.items():
+            np.testing.assert_allclose(made.tensors[name], values, rtol=1e-4, atol=1e-5)
+        found, expected = (m.receipt["3 calls"]["held-out error"] for m in (made, alone))
+        assert found["images"] == 9 and found["calibrated"] == pytest.approx(expected["calibrated"], rel=1e-3)
 
 
 def test_where_nothing_is_gained_the_receipt_says_so():

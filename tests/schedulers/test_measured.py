@@ -14,6 +14,7 @@ from diffaccel.core.path import Path
 from diffaccel.core.quad import Ems
 from diffaccel.errors import OptionError
 from diffaccel.schedulers import DPMSolverV3Scheduler, TableScheduler
+from diffaccel.schedulers.measured import advice
 
 CONFIG = DDIMScheduler(**SD, timestep_spacing="trailing").config
 LAM = np.linspace(-3.0, 4.0, 30)
@@ -125,3 +126,9 @@ def test_options_that_contradict_are_refused_when_the_run_begins():
     made = DPMSolverV3Scheduler.from_config(CONFIG, artifact=HELD, pseudo=["corrector"], corrector=None)
     with pytest.raises(OptionError, match="no effect"):
         made.set_timesteps(8)
+
+
+def test_what_a_recipe_says_of_such_an_artifact():
+    assert advice(HELD, 8) == {"sampler": "dpm_v3", **EIGHT}
+    plain = Artifact("dc", {}, {"scheduler": {"sampler": "dc", "grid": "karras", "options": {}}})
+    assert advice(plain, 8) == plain.meta["scheduler"] and advice(Artifact("ays", {}), 8) == {}
