@@ -142,16 +142,27 @@ class Quantised:
                 "call pipe.fuse_lora() and pipe.unload_lora_weights(), and quantise again"
             )
 
-    def undo(self) -> None:
-        """Give the module its own weights back, the same objects. Doing it twice does nothing.
+    def check_undoable(self) -> None:
+        """Raise if the float weights cannot come back as things are.
 
         Raises:
-            RunError: with `keep_float=False`.
+            RunError: with `keep_float=False`, and under offloading that keeps the layers' weights elsewhere.
         """
         if self._guard is None:
             return
         if not self.quant.keep_float:
             raise RunError("the float weights were freed (keep_float=False); load the pipeline again")
+        if any(layer.weight.is_meta for layer in self._modules.values()):
+            raise RunError(
+                "the denoiser was offloaded after it was quantised, and its weights lie elsewhere; take the offloading "
+                "off first (pipe.remove_all_hooks())"
+            )
+
+    def undo(self) -> None:
+        """Give the module its own weights back, the same objects, or raise as `check_undoable`. Twice is fine."""
+        self.check_undoable()
+        if self._guard is None:
+            return
         self._guard.remove()
         self._guard = None
         if self._scales is not None:

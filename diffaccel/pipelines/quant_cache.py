@@ -158,9 +158,12 @@ class QuantCache:
     def remove(self) -> None:
         """Undo, the last first: the pipeline is what it was. Removing twice is fine.
 
+        With `Quant(..., keep_float=False)` the denoiser stays quantised: its float weights are gone.
+
         Raises:
-            RunError: if somebody put another scheduler or a hook over ours; nothing is undone then.
+            RunError: if somebody put another scheduler, a hook or offloading over ours; nothing is undone then.
         """
+        undoable = [done for done in self._quantised.values() if done.quant.keep_float]
         if self._scheduler is not None and self.pipe.scheduler is not self._scheduler:
             raise RunError(
                 f"{NAME}: pipe.scheduler was replaced by a {type(self.pipe.scheduler).__name__} while variance "
@@ -168,13 +171,15 @@ class QuantCache:
             )
         if self._cache is not None:
             self._cache.check_removable()
+        for done in undoable:
+            done.check_undoable()
         if self._scheduler is not None:
             self.pipe.scheduler = self._original
             self._scheduler = self._original = None
         if self._cache is not None:
             self._cache.remove()
             self._cache = None
-        for done in self._quantised.values():
+        for done in undoable:
             done.undo()
         self._quantised = {}
 

@@ -8,6 +8,7 @@ import warnings
 import hooked_runs as runs
 import pytest
 import torch
+from accelerate import cpu_offload
 from calibrated_cache import STEPS, artifact_for
 
 import diffaccel as da
@@ -37,6 +38,35 @@ def test_cache_and_quantisation_and_the_way_back(case):
     assert report.to_dict()["cache"]["full_calls"]
     assert torch.equal(runs.run(pipe, case, STEPS), before)
     assert all(p is weights[name] for name, p in denoiser(pipe).named_parameters())
+
+
+def test_freed_weights_leave_the_denoiser_quantised():
+    pipe = runs.made("flux")
+    with da.quant_cache(pipe, cache=da.Cache.every(3), quant=da.Quant("w8a8", min_features=16, keep_float=False)):
+        runs.run(pipe, "flux", STEPS)
+    alone = runs.run(pipe, "flux", STEPS)
+    with da.quant_cache(runs.made("flux"), quant=QUANT) as h:
+        assert torch.equal(runs.run(h.pipe, "flux", STEPS), alone)
+    with pytest.raises(OptionError, match="quantised already"):
+        da.quant_cache(pipe, quant=QUANT)
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_offloading_comes_after_quantisation_and_goes_before_it(buffers):
+    pipe = runs.made("sd3")
+    before = runs.run(pipe, "sd3", STEPS)
+    with da.quant_cache(pipe, cache=da.Cache.every(3), quant=QUANT) as h:
+        expected, scales = runs.run(pipe, "sd3", STEPS), h.report().scales
+        cpu_offload(denoiser(pipe), execution_device=torch.device("cpu"), offload_buffers=buffers)
+        assert torch.equal(runs.run(pipe, "sd3", STEPS), expected) and h.report().scales == scales
+        with pytest.raises(RunError, match=r"remove_all_hooks\(\)"):
+            h.remove()
+        assert torch.equal(runs.run(pipe, "sd3", STEPS), expected)  # nothing was undone
+        pipe.remove_all_hooks()
+    assert torch.equal(runs.run(pipe, "sd3", STEPS), before)
+    cpu_offload(denoiser(pipe), execution_device=torch.device("cpu"))
+    with pytest.raises(OptionError, match="quantise first"):
+        da.quant_cache(pipe, quant=QUANT)
 
 
 def test_quantisation_alone_is_near_and_cache_alone_needs_no_torchao():
