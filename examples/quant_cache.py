@@ -38,6 +38,7 @@ def latents(steps: int) -> torch.Tensor:
 full = latents(args.steps)
 cache = da.Cache.every(args.interval, forecast=args.forecast)
 with da.quant_cache(pipe, cache=cache, quant=args.quant, artifact=args.artifact) as handle:
+    print(f"the cache will keep {handle.memory(args.prompt, num_inference_steps=args.steps) / 2**20:.1f} MiB")
     cached = latents(args.steps)
     print(handle.report())
     generator = torch.Generator("cpu").manual_seed(0)
