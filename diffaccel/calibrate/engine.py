@@ -286,7 +286,7 @@ class _Count:
         self.scheduler, self.called = scheduler, called
 
     def __enter__(self) -> None:
-        step = self.scheduler.step
+        step, self.own = self.scheduler.step, vars(self.scheduler).get("step")
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.called()
@@ -295,4 +295,7 @@ class _Count:
         self.scheduler.step = counted
 
     def __exit__(self, *_: object) -> None:
-        del self.scheduler.step
+        if self.own is None:
+            del self.scheduler.step
+        else:  # somebody else's (`watched`), which the next run needs
+            self.scheduler.step = self.own

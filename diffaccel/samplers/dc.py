@@ -78,12 +78,13 @@ class Ratios:
         lam = [node.lam for node in nodes]
         runs = [r for r in self.runs if guidance is None or r.guidance == guidance]
         fits = [r for r in runs if len(r.lam) >= len(lam) and _close(r.lam[len(r.lam) - len(lam) :], lam)]
-        if len({r.guidance for r in fits if len(r.lam) == len(lam)}) > 1:
+        nearest = min((len(r.lam) for r in fits), default=0)
+        fits = [r for r in fits if len(r.lam) == nearest]
+        if len({r.guidance for r in fits}) > 1:
             known = ", ".join(f"{r.guidance:g}" for r in fits if r.guidance is not None)
             raise ArtifactError(f"{self.where} has ratios for several guidance scales; pass guidance= one of {known}")
         if fits:
-            best = min(fits, key=lambda r: len(r.lam))
-            return best.rho[len(best.lam) - len(lam) :]
+            return fits[0].rho[nearest - len(lam) :]
         more = (
             "" if self.cpr is None else " For other numbers of calls, cpr=True takes them from the fitted polynomial."
         )

@@ -14,6 +14,7 @@ from diffaccel.calibrate.captured import Captured
 from diffaccel.calibrate.checkpoint import Checkpoint
 from diffaccel.calibrate.engine import Engine
 from diffaccel.calibrate.validate import FEWEST, Verdict, best_stock, ends, errors, verdict
+from diffaccel.calibrate.watched import watched
 from diffaccel.errors import ArtifactError, OptionError
 from diffaccel.parallel.protocol import SoloWorld
 from diffaccel.testing.pipelines import build, call_kwargs, denoiser
@@ -136,6 +137,11 @@ def test_the_pipeline_is_left_as_it_was_also_after_a_failure():
                 engine.run(engine.batches(0, 1)[0], scheduler, 2)
         assert pipe.scheduler is before and pipe._progress_bar_config == {"disable": True, "desc": "mine"}
         assert "step" not in vars(scheduler)
+    seen = []
+    copy = watched(before, state=lambda i, z: seen.append(i) or z)
+    for run in (1, 2):
+        engine.run(engine.batches(0, 1)[0], copy, 2)
+        assert len(seen) == 3 * run  # its own step is put back (PNDM makes three calls of two steps)
 
 
 def test_bad_engines():

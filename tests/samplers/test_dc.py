@@ -134,6 +134,8 @@ def test_several_guidance_scales_need_one_to_be_named():
     with pytest.raises(ArtifactError, match="guidance= one of 1, 4"):
         get("dc").trace(points, ratios=held)
     assert get("dc").trace(points, ratios=held, guidance=4.0) == get("dc").trace(points, ratios=[1, 1, 0.8, 1, 1])
+    with pytest.raises(ArtifactError, match="guidance= one of 1, 4"):
+        get("dc").trace(points[1:], ratios=held)  # the tail of either
 
 
 @pytest.mark.parametrize(

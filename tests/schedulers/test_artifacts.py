@@ -247,6 +247,20 @@ def test_another_shift_of_a_flow_path_is_the_same_path_but_other_nodes():
         other.set_timesteps(6)
 
 
+def test_statistics_serve_every_shift_of_a_flow_path():
+    """They belong to levels, and the shift moves the nodes only."""
+    config = FlowMatchEulerDiscreteScheduler(shift=3.0).config
+    held = ems_artifact(config, 4, 8, 8)
+    held = Artifact("ems", held.tensors, {"path": path_identity(Path.from_config(config), "flow_prediction")})
+    for shift in (3.0, 1.0):
+        other = FlowMatchEulerDiscreteScheduler(shift=shift).config
+        options = {"grid": "mid", "grid_options": {"w": 0.0}, "final_sigmas_type": "sigma_min"}
+        scheduler = DPMSolverV3Scheduler.from_config(other, artifact=held, **options)
+        scheduler.set_timesteps(timesteps=[950.0, 800.0, 500.0, 100.0])
+        x = noise(2, 4, 8, 8)
+        assert torch.isfinite(scheduler.step(x, scheduler.timesteps[0], x).prev_sample).all()
+
+
 def test_arguments_that_make_no_sense(config, tmp_path):
     made = dc_artifact(config)
     for options, message in (
