@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,35 @@ def test_a_sequential_fit_of_std_restores_mean_and_deviation_of_the_fit_set():
     assert torch.allclose(ratio, torch.ones_like(ratio), atol=1e-12, rtol=0)
     assert torch.allclose(states.mean(dims), reference.mean(dims), atol=1e-12)
     assert made.range[1] > 1.01  # there was something to correct
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_processes_that_share_the_images_fit_the_rows_of_all(kind):
+    """Threads in place of processes: each has some of the images, sums meet at a barrier."""
+    ref, acc = (drifting(B, seed)[0] for seed in (1, 2))
+    whole = fit_row(ref, 0.9 * ref + 0.3 * acc + 0.1, kind)
+    cuts, barrier, sums, found = (slice(0, 5), slice(5, 6), slice(6, B)), threading.Barrier(3), {}, {}
+
+    def work(rank, cut):
+        def total(share):
+            sums[rank] = share
+            barrier.wait(30)
+            everything = sum(sums[r] for r in range(3))
+            barrier.wait(30)
+            return everything
+
+        found[rank] = fit_row(ref[cut], 0.9 * ref[cut] + 0.3 * acc[cut] + 0.1, kind, total=total)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in enumerate(cuts)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rank in range(3):
+        for mine, theirs in zip(found[rank], whole, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-14)
+    alone = fit_row(ref[cuts[0]], 0.9 * ref[cuts[0]] + 0.3 * acc[cuts[0]] + 0.1, kind)
+    assert np.abs(alone[2] - whole[2]).max() > 1e-3  # a share by itself is not enough
 
 
 def test_rows_fitted_at_once_multiply():
