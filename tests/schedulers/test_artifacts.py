@@ -254,8 +254,7 @@ def test_statistics_serve_every_shift_of_a_flow_path():
     held = Artifact("ems", held.tensors, {"path": path_identity(Path.from_config(config), "flow_prediction")})
     for shift in (3.0, 1.0):
         other = FlowMatchEulerDiscreteScheduler(shift=shift).config
-        options = {"grid": "mid", "grid_options": {"w": 0.0}, "final_sigmas_type": "sigma_min"}
-        scheduler = DPMSolverV3Scheduler.from_config(other, artifact=held, **options)
+        scheduler = DPMSolverV3Scheduler.from_config(other, artifact=held)
         scheduler.set_timesteps(timesteps=[950.0, 800.0, 500.0, 100.0])
         x = noise(2, 4, 8, 8)
         assert torch.isfinite(scheduler.step(x, scheduler.timesteps[0], x).prev_sample).all()
