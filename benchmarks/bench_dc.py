@@ -1,8 +1,9 @@
 """DC-Solver on the embedded models: ratios searched on one set of seeds, errors to a teacher on another.
 
-    python benchmarks/bench_dc.py --out docs/results --work dc-artifacts
+    python benchmarks/bench_dc.py --out docs/results --work dc-artifacts [--objective final]
 
-Writes `dc.md` and `dc.json`; the artifacts stay in `--work`, where a run that was stopped goes on.
+Writes `dc.md` and `dc.json` (`dc_final.md`, `dc_final.json` for the other objective); the artifacts stay in `--work`,
+where a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from diffaccel import calibrate, models
 from diffaccel.artifact import Artifact
 from diffaccel.calibrate.dc import held_out_teacher, nodes_of
+from diffaccel.calibrate.dc_search import OBJECTIVES
 from diffaccel.calibrate.engine import Engine
 from diffaccel.calibrate.validate import best_stock
 from diffaccel.schedulers import TableScheduler
@@ -36,17 +38,18 @@ CASES: tuple[Case, ...] = (
 )
 
 
-def calibrated(case: Case, work: Path, pairs: int, held_out: int) -> Artifact:
+def calibrated(case: Case, work: Path, pairs: int, held_out: int, objective: str) -> Artifact:
     """The artifact of a case, made now unless it is there."""
     name, guidance, grid, options = case
-    out = work / f"{name}-g{guidance:g}-{grid or 'own'}.safetensors"
+    what = "" if objective == "trajectory" else f"-{objective}"
+    out = work / f"{name}-g{guidance:g}{what}-{grid or 'own'}.safetensors"
     if out.exists():
         return Artifact.load(out, "dc")
     pipe = models.load(name)
     return calibrate.dc(
         pipe, models.prompts(pairs + held_out, 300), calls=CALLS, guidance=guidance, grid=grid, grid_options=options,
         pairs=pairs, held_out=held_out, teacher_calls=64, batch=16, seed=3000, out=out,
-        call=models.CALL_DEFAULTS.get(name, {}),
+        objective=objective, call=models.CALL_DEFAULTS.get(name, {}),
     )  # fmt: skip
 
 
@@ -86,10 +89,10 @@ def rows(case: Case, made: Artifact, stock: dict[str, Any]) -> list[dict[str, An
     return found
 
 
-def markdown(table: list[dict[str, Any]], costs: list[dict[str, Any]], command: str) -> str:
+def markdown(table: list[dict[str, Any]], costs: list[dict[str, Any]], command: str, objective: str) -> str:
     """The page of results."""
     lines = [
-        "# DC-Solver",
+        "# DC-Solver" + ("" if objective == "trajectory" else f", objective {objective}"),
         "",
         f"Measured by `{command}` with diffusers {diffusers.__version__}, torch {torch.__version__}. Ratios were "
         "searched on some seeds and prompts; the errors are those of others: the mean over images of the relative "
@@ -130,25 +133,30 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--held-out", type=int, default=32)
     parser.add_argument("--cases", type=int, default=len(CASES), help="how many of the cases")
+    parser.add_argument("--only", default="", metavar="NAME", help="cases whose MODEL-gGUIDANCE begins with it")
+    parser.add_argument("--objective", default="trajectory", choices=OBJECTIVES)
     parser.add_argument("--out", type=Path, help="folder for dc.json and dc.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
     table: list[dict[str, Any]] = []
     costs: list[dict[str, Any]] = []
-    for case in CASES[: args.cases]:
-        made = calibrated(case, args.work, args.pairs, args.held_out)
+    for case in [c for c in CASES[: args.cases] if f"{c[0]}-g{c[1]:g}".startswith(args.only)]:
+        made = calibrated(case, args.work, args.pairs, args.held_out, args.objective)
         found = rows(case, made, stock_errors(case, args.work, args.pairs, args.held_out))
         table += found
         costs.append({k: found[0][k] for k in ("model", "guidance", "grid")} | made.meta["cost"])
         print(f"{case}: {made.receipt['result']}", flush=True)
     command = f"python benchmarks/bench_dc.py --pairs {args.pairs} --held-out {args.held_out}"
-    text = markdown(table, costs, command)
+    stem = "dc"
+    if args.objective != "trajectory":
+        command, stem = f"{command} --objective {args.objective} --only {args.only}", f"dc_{args.objective}"
+    text = markdown(table, costs, command, args.objective)
     print(text)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "dc.json").write_text(json.dumps({"command": command, "rows": table, "costs": costs}))
-        (args.out / "dc.md").write_text(text)
+        (args.out / f"{stem}.json").write_text(json.dumps({"command": command, "rows": table, "costs": costs}))
+        (args.out / f"{stem}.md").write_text(text)
 
 
 if __name__ == "__main__":

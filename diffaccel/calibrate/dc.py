@@ -22,7 +22,7 @@ from .captured import Captured
 from .cpr import fit_cpr
 from .dc_search import BOUNDS, EVALUATIONS, OBJECTIVES, TEACHER, TOLERANCE, Search, Student, refined, teacher_states
 from .engine import Batch, Engine
-from .validate import FEWEST, STOCK, best_stock, ends, errors, over_processes, run_errors, verdict
+from .validate import FEWEST, STOCK, best_stock, ends, errors, finite, over_processes, run_errors, verdict
 
 
 def dc(
@@ -232,7 +232,7 @@ def _run(
     receipt: dict[str, Any] = {
         "searched ratios": [round(r, 4) for r in rho],
         "of these at a bound": sum(min(abs(r - b) for b in how[0]) < 2 * TOLERANCE for r in rho),
-        "calibration error": {"parent": float(without.mean()), "compensated": float(with_.mean())},
+        "calibration error": {"parent": float(finite(without).mean()), "compensated": float(finite(with_).mean())},
         "held-out error": found.to_json(),
         "best stock scheduler": best_stock(engine, f"{tag}/stock", held, last, n, engine.pipe.scheduler.config),
     }

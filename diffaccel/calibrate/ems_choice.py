@@ -12,7 +12,7 @@ import numpy as np
 from ..core.quad import Ems
 from ..schedulers.settings import grid_of
 from .engine import Batch, Captured, Engine
-from .validate import Verdict, best_stock, ends, over_processes, run_errors, verdict
+from .validate import Verdict, best_stock, ends, finite, over_processes, run_errors, verdict
 
 TEACHER = ("dpmpp", {"order": 3, "form": "exact"})
 TEACHER_GRID: dict[str, Any] = {"grid": "mid", "grid_options": {"w": 0.5}}
@@ -95,7 +95,7 @@ class Trial:
         found: list[tuple[float, Setting]] = []
 
         def tried(settings: Sequence[Setting]) -> None:
-            found.extend((float(np.nan_to_num(self.errors(s, statistics, n), nan=1e30).mean()), s) for s in settings)
+            found.extend((float(finite(self.errors(s, statistics, n)).mean()), s) for s in settings)
             found.sort(key=lambda pair: pair[0])
 
         tried([Setting(g, o) for g, o in itertools.product(grids, SOLVERS)])

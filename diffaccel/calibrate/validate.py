@@ -77,15 +77,17 @@ class Verdict:
 
 
 def verdict(parent: Sequence[float] | np.ndarray, calibrated: Sequence[float] | np.ndarray) -> Verdict:
-    """Compare errors of the same images, (n,) each.
-
-    An error that is not finite counts as the largest float, so that a run that diverged cannot win.
-    """
-    a, b = (np.nan_to_num(np.asarray(v, np.float64), nan=1e30, posinf=1e30) for v in (parent, calibrated))
+    """Compare errors of the same images, (n,) each (`finite` ones)."""
+    a, b = finite(parent), finite(calibrated)
     if a.shape != b.shape or len(a) < FEWEST:
         raise OptionError(f"a verdict needs {FEWEST} pairs of errors or more, got {len(a)} and {len(b)}")
     means, medians = (float(a.mean()), float(b.mean())), (float(np.median(a)), float(np.median(b)))
     return Verdict(len(a), *means, *medians, *interval(b - a))
+
+
+def finite(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Errors with 1e30 where they are not finite: a run that diverged cannot win, and JSON can tell of it."""
+    return np.nan_to_num(np.asarray(values, np.float64), nan=1e30, posinf=1e30)
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -181,8 +183,8 @@ def best_stock(
             if not all(parts):  # a process that went on alone would wait for ever
                 failed.setdefault(candidate.name, "failed on another process")
                 continue
-            e = np.concatenate([np.frombuffer(part) for part in parts])
-            found.append((float(np.nan_to_num(e, nan=1e30).mean()), float(np.median(e)), candidate.name))
+            e = finite(np.concatenate([np.frombuffer(part) for part in parts]))
+            found.append((float(e.mean()), float(np.median(e)), candidate.name))
     finally:
         logging.set_verbosity(told)
     best = min(found, default=(None, None, None))

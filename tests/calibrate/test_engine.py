@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from itertools import pairwise
 
 import numpy as np
@@ -258,6 +260,17 @@ def test_verdicts():
     assert better.to_json()["verdict"] == "helps" and isinstance(better, Verdict)
     with pytest.raises(OptionError, match=f"{FEWEST} pairs"):
         verdict(parent[:7], parent[:7])
+
+
+def test_a_stock_setting_that_diverges_is_told_in_json(monkeypatch):
+    """NaN and infinity are no JSON: a calibration must not fail on them when it is finished."""
+    module = importlib.import_module("diffaccel.calibrate.validate")
+    values = iter([np.array([np.nan, 1.0]), np.array([np.inf, np.inf])] * 20)
+    monkeypatch.setattr(module, "run_errors", lambda *a, **k: next(values))
+    pipe = mixture_pipe()
+    engine = Engine(pipe, ["0"], batch=2, progress=False)
+    found = best_stock(engine, "stock", engine.batches(0, 2), np.ones((2, 2, 2, 2)), 3, pipe.scheduler.config)
+    assert found["tried"] > 2 and json.loads(json.dumps(found, allow_nan=False)) == found
 
 
 def test_the_interval_is_false_about_one_time_in_forty():
