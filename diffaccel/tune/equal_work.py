@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.stage_plan import PRESETS
 from ..denoiser.cache import Cache
+from ..denoiser.cache_hook import refuse_wide
 from ..drive import denoiser
 from ..errors import DiffaccelError, OptionError
 from ..pipelines.applied import applied
@@ -85,6 +86,11 @@ def _cached(asked: Asked) -> list[Choice]:
         steps, work = _most_steps(cache, asked.calls, share)
         if steps == asked.calls:
             asked.left_out[f"cache {name}"] = f"saves too little for one step more than {asked.calls}"
+            continue
+        try:
+            refuse_wide(cache, steps)
+        except OptionError as error:
+            asked.left_out[f"cache {name}"] = str(error)[:160]
             continue
         for sampler, options in REWRITTEN:
             for grid, final in two_grids(asked):

@@ -123,6 +123,14 @@ def test_candidates_at_equal_work_do_the_work_that_they_state(name, model):
     assert pipe.scheduler is before and not hasattr(denoiser(pipe), "_diffusers_hook")
 
 
+def test_caches_that_few_steps_do_not_allow_are_left_out_by_name():
+    pipe = models.load("tiny-flow")
+    asked = asked_of(pipe, 6, {"height": 32, "width": 32} | models.CALL_DEFAULTS["tiny-flow"])
+    found = gather(["cache"], asked)
+    assert all(choice.settings["cache"]["interval"] == 2 or choice.calls > 8 for choice in found)
+    assert any("every(3" in name and "an interval of 2 is the largest" in why for name, why in asked.left_out.items())
+
+
 def test_a_cache_in_a_recipe_runs_as_the_wrapper_does():
     pipe = models.load("tiny-sd")
     pipe.set_progress_bar_config(disable=True)
