@@ -33,7 +33,7 @@ from diffaccel.compare import Candidate, Job
 CALLS = (5, 6, 8, 10, 12)
 SEEDS = (300, 400)
 FIT_SEED = 50_000
-TEACHER_CALLS = 61
+TEACHER_CALLS = 101
 SCREENED, FINALISTS = 4, 2  # images of the first seed on which all stock settings run; how many then run on all images
 BARS = {  # ratios to the best stock setting: median, RMSE; share of images improved
     5: (0.5, 0.8, 0.0), 6: (0.42, 0.8, 0.9), 8: (0.4, 0.6, 0.9), 10: (0.35, 0.6, 0.9), 12: (0.35, 0.6, 0.9),
@@ -83,7 +83,9 @@ def budget(
     }
 
 
-def setting(name: str, guidance: float, images: int, folder: Path, moves: int) -> dict[str, Any]:
+def setting(
+    name: str, guidance: float, images: int, folder: Path, samples: int, moves: int, refine: int
+) -> dict[str, Any]:
     """One model at one guidance scale."""
     pipe = models.load(name)
     pipe.set_progress_bar_config(disable=True)
@@ -91,10 +93,15 @@ def setting(name: str, guidance: float, images: int, folder: Path, moves: int) -
     start = time.perf_counter()
     jobs = [compare.job_for(pipe, name, images, seed, guidance=guidance) for seed in SEEDS]
     used = {prompt for job in jobs for prompt in job.inputs["prompt"]}
-    prompts = [p for p in dict.fromkeys(models.prompts(2000, FIT_SEED)) if p not in used][:48]
-    options = {"height": 32, "width": 32, "seed": FIT_SEED, "guidance": guidance, "moves": moves, "batch": 16}
-    options |= {"grids": ("dp2", "gits"), "teacher_steps": TEACHER_CALLS - 1, "holdout": 8}
-    options |= {"rivals": "none", "progress": False, "out": folder / f"fitted-{name}-{guidance:g}.safetensors"}
+    prompts = [p for p in dict.fromkeys(models.prompts(2000, FIT_SEED)) if p not in used][: samples + 8]
+    options = {"height": 32, "width": 32, "seed": FIT_SEED, "guidance": guidance, "samples": samples, "batch": samples}
+    options |= {"grids": ("dp2", "gits"), "moves": moves, "refine": refine, "teacher_steps": TEACHER_CALLS - 1}
+    options |= {
+        "holdout": 8,
+        "rivals": "none",
+        "progress": False,
+        "out": folder / f"fitted-{name}-{guidance:g}.safetensors",
+    }
     artifact = calibrate.fit(pipe, prompts, CALLS, **options, **models.CALL_DEFAULTS.get(name, {}))
     print(f"{name} {guidance:g}: fitted in {time.perf_counter() - start:.0f} s, {artifact.meta['cost']}", flush=True)
     teacher = compare.ours("dpmpp", "uniform_lambda", order=2)
@@ -171,16 +178,16 @@ def _ratio(found: tuple[float, float, float], bar: float | None = None, above: b
     return text if bar is None else f"{text} {'met' if (found[0] >= bar) == above or found[0] == bar else 'not met'}"
 
 
-def page(results: dict[str, Any], images: int) -> str:
+def page(results: dict[str, Any], args: argparse.Namespace) -> str:
     """The Markdown page."""
     lines = [
         "# Fitted tables against the best of diffusers",
         "",
         f"Measured by `python benchmarks/bench_fitted.py` with diffusers {diffusers.__version__}, torch "
         f"{torch.__version__}. Error: relative distance of an image's final latents to a teacher's (DPM-Solver++ 2M, "
-        f"{TEACHER_CALLS} calls, uniform in lam) from the same noise, on {images} images of each of {len(SEEDS)} "
-        "seeds; "
-        "noise and prompts unseen by the fit. Best stock: of every deterministic scheduler of diffusers on all its "
+        f"{TEACHER_CALLS} calls, uniform in lam) from the same noise, on {args.images} images of each of {len(SEEDS)} "
+        f"seeds; noise and prompts unseen by the fit, which had {args.samples} inputs, {args.moves} moves and "
+        f"{args.refine} rounds of refinement. Best stock: of every deterministic scheduler of diffusers on all its "
         f"grids, screened on {SCREENED} of the images, the best {FINALISTS} run on all and picked by median (RMSE: the "
         "lower of them), which favours it. Intervals: 95 %, paired bootstrap over images. In brackets beside a ratio: "
         "its interval. `met`: the project's bar for that number of calls.",
@@ -237,7 +244,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["tiny-sd", "tiny-flow"])
     parser.add_argument("--guidance", nargs="+", type=float, default=[4.0, 1.0])
     parser.add_argument("--images", type=int, default=48, help="of each of two seeds")
-    parser.add_argument("--moves", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=48, help="inputs of the fit")
+    parser.add_argument("--moves", type=int, default=8)
+    parser.add_argument("--refine", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--work", type=Path, default=Path("fitted-artifacts"), help="for artifacts and partial fits")
     parser.add_argument("--transfer", action="store_true", help="the artifacts under other conditions")
@@ -254,11 +263,12 @@ def main() -> None:
         for name in args.models:
             key = f"{name} {guidance:g}"
             if key not in results:
-                results[key] = setting(name, guidance, args.images, args.work, args.moves)
-            text = {"images": args.images, "seeds": SEEDS, "moves": args.moves, "results": results}
+                results[key] = setting(name, guidance, args.images, args.work, args.samples, args.moves, args.refine)
+            how = {"samples": args.samples, "moves": args.moves, "refine": args.refine}
+            text = {"images": args.images, "seeds": SEEDS, **how, "results": results}
             args.out.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(text) + "\n")
-            (args.out / "fitted.md").write_text(page(results, args.images))
+            (args.out / "fitted.md").write_text(page(results, args))
 
 
 if __name__ == "__main__":

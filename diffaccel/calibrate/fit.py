@@ -37,7 +37,7 @@ def fit(
     ridge: float = 1e-4,
     grids: str | Sequence[str] = "auto",
     moves: int = 16,
-    refine: int = 2,
+    refine: int = 3,
     channels: bool | str = "auto",
     rounded: bool = False,
     rivals: str | None = "usual",

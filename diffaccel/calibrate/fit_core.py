@@ -51,7 +51,7 @@ class Plan:
     ridge: float = 1e-4
     grids: tuple[str, ...] = AUTO
     moves: int = 16
-    refine: int = 2
+    refine: int = 3
     channels: bool | str = "auto"
     rounded: bool = False
     rivals: str = "usual"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,14 @@ from ..core.path import Nodes
 from .fit_guard import Errors, relative
 from .fit_run import Memo, Runner, Tensors, batches, student
 
-COEFFICIENT, LAM = 5e-4, 2e-3  # forward differences
-DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
+COEFFICIENT, LAM = 0.02, 0.06  # forward differences: wide, to see past the roughness of a trained network
+DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+FOLDS = 8  # of the cross-validation
 FARTHEST = 0.3  # change of a node's lam in a round
+CLOSEST = 0.2
 LEAST = 0.3  # of the median error: smaller ones weigh no more
 GAIN = 0.005  # a round must lower the cross-validated score by this much
+RISE = 1.1  # and may not raise the root mean square by more: one is cross-validated, the other fitted
 
 
 def round_cost(calls: int, order: int, *, moves: bool) -> int:
@@ -65,7 +67,7 @@ class Scores:
 
     Args:
         before: of the table that it began with.
-        after: of each half, after the other half's step.
+        after: of each fold, after the step of the others.
         damping: of that step.
     """
 
@@ -81,7 +83,7 @@ class Scores:
     def told(self) -> dict[str, Any]:
         """For a receipt."""
         before, after = (float(f"{v:.4g}") for v in (self.before, self.after))
-        return {"from": before, "to": after if math.isfinite(after) else "no step possible", "kept": self.better}
+        return {"from": before, "to": after if math.isfinite(after) else "farther", "kept": self.better}
 
 
 @dataclass(frozen=True)
@@ -127,45 +129,44 @@ class Refiner:
         """One round.
 
         Args:
-            inputs: to fit to; each half judges the other's step.
+            inputs: to fit to; each of the folds judges the step of the others.
             nodes, w: the table, w (N, order + 1, ...) normalised.
 
         Returns:
             (nodes, w, scores): the table after the step for all inputs, with the damping that cross-validation found
-            best; as it was where none helps. One that raises the root mean square error is none, either.
+            best; as it was where none helps. One that raises the root mean square error is none.
         """
         slopes = self.slopes(inputs, nodes, w)
         before = Errors("", slopes.errors)
-        half = len(inputs) // 2
-        parts = [np.arange(half), np.arange(half, len(inputs))]
+        every = np.arange(len(inputs))
+        folds = np.array_split(every, min(FOLDS, len(inputs) // 2))
         after: dict[float, Errors] = {}
         for damping in DAMPINGS:
-            tables = [self.moved(nodes, w, slopes.step(part, damping)) for part in parts]
-            pairs = [(t, [inputs[int(k)] for k in part]) for t, part in zip(tables, parts[::-1], strict=True) if t]
-            if len(pairs) == 2:
-                after[damping] = Errors("", np.concatenate([self.errors(part, *t) for t, part in pairs]))
-        sound = {d: e.geometric for d, e in after.items() if e.rmse <= before.rmse}
+            tables = [self.moved(nodes, w, slopes.step(np.setdiff1d(every, fold), damping)) for fold in folds]
+            found = [self.errors([inputs[int(k)] for k in f], *t) for f, t in zip(folds, tables, strict=True)]
+            after[damping] = Errors("", np.concatenate(found))
+        sound = {d: e.geometric for d, e in after.items() if e.rmse <= RISE * before.rmse}
         damping = min(sound, key=lambda d: sound[d], default=math.inf)
         scores = Scores(before.geometric, sound.get(damping, math.inf), damping)
-        there = self.moved(nodes, w, slopes.step(np.arange(len(inputs)), damping)) if scores.better else None
-        return (*there, scores) if there else (nodes, w, Scores(before.geometric, math.inf, damping))
+        there = self.moved(nodes, w, slopes.step(every, damping)) if scores.better else (nodes, w)
+        return *there, scores
 
     def errors(self, inputs: Sequence[int], nodes: Nodes, w: np.ndarray) -> np.ndarray:
         """Relative errors of the table's images."""
         found = [relative(self._run(part, nodes, w), self._wanted(part)) for part in batches(inputs, self.runner.batch)]
         return np.concatenate(found)
 
-    def moved(self, nodes: Nodes, w: np.ndarray, step: np.ndarray) -> tuple[Nodes, np.ndarray] | None:
-        """The table after a step; None if its nodes would not fall any more."""
+    def moved(self, nodes: Nodes, w: np.ndarray, step: np.ndarray) -> tuple[Nodes, np.ndarray]:
+        """The table after a step; no node comes nearer to a neighbour than `CLOSEST` of their distance."""
         w, places = w.copy(), _places(w)
         for (i, j), by in zip(places, step, strict=False):
             w[i, j] += by
         if not self.moves:
             return nodes, w
-        lams = [n.lam for n in nodes[1:-1]] + np.clip(step[len(places) :], -FARTHEST, FARTHEST)
-        bounds = [nodes[0].lam, *lams]
-        rising = all(a < b for a, b in pairwise(bounds)) and bounds[-1] <= nodes.path.last.lam
-        return (_at(nodes, lams), w) if rising else None
+        lams = np.array([*(n.lam for n in nodes[:-1]), nodes.path.last.lam])
+        room = np.minimum((1 - CLOSEST) / 2 * np.diff(lams), FARTHEST)
+        room[-1] = min(lams[-1] - lams[-2], FARTHEST)
+        return _at(nodes, lams[1:-1] + np.clip(step[len(places) :], -room[:-1], room[1:])), w
 
     # ------------------------------------------------------------------ derivatives
     def slopes(self, inputs: Sequence[int], nodes: Nodes, w: np.ndarray) -> Slopes:
@@ -192,9 +193,8 @@ class Refiner:
         for i in range(1, len(w)) if self.moves else ():
             lams = np.array([n.lam for n in nodes[1:-1]])
             lams[i - 1] += LAM if lams[i - 1] + LAM < nodes.path.last.lam else -LAM
-            by = lams[i - 1] - nodes[i].lam
             changed = self._run(part, _at(nodes, lams), w, begin=(i, seen[i][0], seen[i][2:]))
-            columns.append((changed.astype(np.float64) - image) / by)
+            columns.append((changed.astype(np.float64) - image) / (lams[i - 1] - nodes[i].lam))
         jacobian = np.stack(columns, axis=1).reshape(len(part), len(columns), -1)
         wanted = self._wanted(part).astype(np.float64)
         distance = (image - wanted).reshape(len(part), -1)

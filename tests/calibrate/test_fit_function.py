@@ -88,11 +88,11 @@ def test_wrong_sign_of_a_coefficient_is_seen(function_artifact: Artifact) -> Non
     made = Fitting(Functional(problem.denoise, path, noise), Plan((8,), holdout=24, teacher_steps=60, rivals="none"))
     made.learn()
     nodes = Nodes(rows.nodes(path.end), path)
-    right = made.errors("right", nodes, rows.w, made.held).rmse
+    right = made.errors("right", nodes, rows.w, made.held).geometric
     for i, k in np.argwhere(rows.w != 0):
         wrong = rows.w.copy()
         wrong[i, k] *= -1
-        assert made.errors(f"{i} {k}", nodes, wrong, made.held).rmse > 1.2 * right
+        assert made.errors(f"{i} {k}", nodes, wrong, made.held).geometric > 1.2 * right
 
 
 # ---------------------------------------------------------------------- guard

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 
 from diffaccel import calibrate
+from diffaccel.calibrate import refine
 from diffaccel.calibrate.fit_core import Fitting, Plan
 from diffaccel.calibrate.fit_run import Functional, Tensors, analytic, fit_rows, student
 from diffaccel.calibrate.grid import choose
@@ -51,8 +53,10 @@ def image(made: Fitting, nodes: Nodes, w: np.ndarray) -> np.ndarray:
 
 # ---------------------------------------------------------------------- derivatives
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: type(p).__name__)
-def test_slopes_are_those_of_whole_runs(path: Path) -> None:
+def test_slopes_are_those_of_whole_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against central differences of runs from the noise, of every coefficient and every node."""
+    monkeypatch.setattr(refine, "COEFFICIENT", 1e-5)  # the usual steps are wide, for networks that are rough
+    monkeypatch.setattr(refine, "LAM", 1e-5)
     made, nodes, w = learned(path)
     refiner = Refiner(made.runner, made.teacher.images)
     there = image(made, nodes, w)
@@ -63,15 +67,14 @@ def test_slopes_are_those_of_whole_runs(path: Path) -> None:
         by = np.zeros(size)
         by[k] = 1e-4
         up, down = (refiner.moved(nodes, w, sign * by) for sign in (1, -1))
-        assert up is not None and down is not None
         columns.append((image(made, *up) - image(made, *down)) / 2e-4)
     jacobian = np.stack(columns, axis=1)
     level = np.linalg.norm(jacobian, axis=2)
     expected = np.einsum("npd,nqd->npq", jacobian, jacobian)
-    assert np.all(np.abs(found.products - expected) <= 0.05 * level[:, :, None] * level[:, None, :] + 1e-12)
+    assert np.all(np.abs(found.products - expected) <= 1e-3 * level[:, :, None] * level[:, None, :] + 1e-12)
     distance = np.linalg.norm(there - wanted, axis=1)
     close = np.abs(found.slopes - np.einsum("npd,nd->np", jacobian, there - wanted))
-    assert np.all(close <= 0.05 * level * distance[:, None] + 1e-12)
+    assert np.all(close <= 1e-3 * level * distance[:, None] + 1e-12)
     assert found.errors == pytest.approx(distance / np.linalg.norm(wanted, axis=1))
 
 
@@ -87,20 +90,22 @@ def test_a_step_solves_a_linear_problem() -> None:
     assert slopes.step(np.arange(5), 0.0) == pytest.approx(wanted)
 
 
-def test_nodes_that_would_pass_each_other_are_no_table() -> None:
-    made, nodes, w = learned(PATHS[0])
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: type(p).__name__)
+def test_nodes_never_pass_each_other(path: Path) -> None:
+    made, nodes, w = learned(path)
     refiner = Refiner(made.runner, made.teacher.images)
     places = sum(min(4, i + 2) for i in range(4))
-    gap = nodes[2].lam - nodes[1].lam
-    step = np.zeros(places + 3)
-    step[places] = 0.5 * gap if gap < 0.6 else 0.29
-    assert refiner.moved(nodes, w, step) is not None
-    tight = Nodes([nodes[0], nodes.path.at_lam(nodes[2].lam - 0.1), *nodes[2:]], nodes.path)
-    assert refiner.moved(tight, w, step) is None
-    last = np.zeros(places + 3)
-    last[-1] = 0.3
-    end = Nodes([*nodes[:3], nodes.path.last, nodes[-1]], nodes.path)
-    assert refiner.moved(end, w, last) is None  # cleaner than the path's cleanest node
+    for seed in range(20):
+        step = np.random.default_rng(seed).standard_normal(places + 3) * 10.0 ** (seed % 4 - 2)
+        there, v = refiner.moved(nodes, w, step)
+        lams = [n.lam for n in there[:-1]]
+        assert all(a < b for a, b in pairwise(lams)) and lams[-1] <= path.last.lam + 1e-9
+        assert (
+            there[0].key == nodes[0].key and np.max(np.abs(np.subtract(lams[1:], [n.lam for n in nodes[1:-1]]))) <= 0.3
+        )
+        assert v[-1, 0] - w[-1, 0] == pytest.approx(step[places - 4])
+    still, v = refiner.moved(nodes, w, np.zeros(places + 3))
+    assert [n.lam for n in still] == pytest.approx([n.lam for n in nodes]) and np.array_equal(v, w)
 
 
 def test_batches_do_not_matter() -> None:
@@ -118,12 +123,12 @@ def test_batches_do_not_matter() -> None:
 # ---------------------------------------------------------------------- what it gains
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: type(p).__name__)
 def test_refined_tables_are_nearer_on_held_out_noise(path: Path) -> None:
-    def found(refine: int) -> dict[str, Any]:
-        options: dict[str, Any] = {"grids": "dp2", "moves": 0, "refine": refine, "teacher_steps": 60, "samples": 32}
+    def found(rounds: int) -> dict[str, Any]:
+        options: dict[str, Any] = {"grids": "dp2", "moves": 0, "refine": rounds, "teacher_steps": 60, "samples": 32}
         return calibrate.fit_function(mixture().denoise, path, noise(32 + 64), 6, **options).receipt["6 calls"]
 
     plain, refined = found(0), found(3)
-    assert "refined" not in plain and refined["refined"][0]["kept"]
+    assert "refined" not in plain and any(r["kept"] for r in refined["refined"])
     assert refined["held-out"]["median"] < 0.85 * plain["held-out"]["median"]
 
 
@@ -131,8 +136,8 @@ def test_it_never_makes_a_table_much_worse() -> None:
     for seed in range(6):
         runner = Functional(mixture().denoise, PATHS[0], np.random.default_rng(seed).standard_normal((72, 64)))
         found = []
-        for refine in (0, 2):
-            made = Fitting(runner, Plan((5,), 8, 64, 40, grids=("dp2",), moves=0, refine=refine, rivals="none"))
+        for rounds in (0, 2):
+            made = Fitting(runner, Plan((5,), 8, 64, 40, grids=("dp2",), moves=0, refine=rounds, rivals="none"))
             made.learn()
             fitted = made.fit(5)
             found.append(made.errors("", fitted.nodes, fitted.w, made.held).geometric)
@@ -141,7 +146,7 @@ def test_it_never_makes_a_table_much_worse() -> None:
 
 @pytest.mark.parametrize("worse", [1.0, np.inf])
 def test_a_round_that_does_not_help_changes_nothing(worse: float) -> None:
-    """What the other half says decides, not what the step promises."""
+    """What the others say decides, not what the step promises."""
 
     class Judge(Refiner):
         def errors(self, inputs: Any, nodes: Nodes, w: np.ndarray) -> np.ndarray:
@@ -152,7 +157,7 @@ def test_a_round_that_does_not_help_changes_nothing(worse: float) -> None:
     refiner = Judge(made.runner, made.teacher.images)
     there, v, told = refiner.rounds(3, made.inputs, nodes, w, lambda name, compute: kept.setdefault(name, compute()))
     assert there is nodes and v is w and list(kept) == ["0"]
-    assert len(told) == 1 and not told[0]["kept"]
+    assert [t["kept"] for t in told] == [False]
 
 
 def test_a_step_that_raises_the_mean_square_is_refused() -> None:
