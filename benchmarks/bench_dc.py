@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--held-out", type=int, default=32)
     parser.add_argument("--cases", type=int, default=len(CASES), help="how many of the cases")
-    parser.add_argument("--only", default="", metavar="NAME", help="cases whose MODEL-gGUIDANCE begins with it")
+    parser.add_argument("--only", default="", metavar="NAME", help="cases whose MODEL-gGUIDANCE-GRID begins with it")
     parser.add_argument("--objective", default="trajectory", choices=OBJECTIVES)
     parser.add_argument("--out", type=Path, help="folder for dc.json and dc.md")
     args = parser.parse_args()
@@ -141,7 +141,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     table: list[dict[str, Any]] = []
     costs: list[dict[str, Any]] = []
-    for case in [c for c in CASES[: args.cases] if f"{c[0]}-g{c[1]:g}".startswith(args.only)]:
+    for case in [c for c in CASES[: args.cases] if f"{c[0]}-g{c[1]:g}-{c[2] or 'own'}".startswith(args.only)]:
         made = calibrated(case, args.work, args.pairs, args.held_out, args.objective)
         found = rows(case, made, stock_errors(case, args.work, args.pairs, args.held_out))
         table += found

@@ -79,8 +79,9 @@ def ems(
 
     For each number of calls a grid and a solver are chosen for them on other noise, and the same choice is made for
     the sampler without statistics; the two are then compared on noise that neither has seen. Where the paired interval
-    of the errors does not lie below zero, the receipt says "no benefit found". A choice that is not better than the
-    checkpoint's grid with the sampler's default options, by the same rule, is not kept.
+    of the errors does not lie below zero, the receipt says "no benefit found". So it does of a choice that is not
+    better, by the same rule, than the checkpoint's grid with the sampler's default options; where its mean error there
+    is higher, the default stays.
 
     Args:
         pipe: a diffusers pipeline; its own call is what runs.

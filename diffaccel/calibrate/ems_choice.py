@@ -16,7 +16,7 @@ from .validate import Verdict, best_stock, ends, finite, over_processes, run_err
 
 TEACHER = ("dpmpp", {"order": 3, "form": "exact"})
 TEACHER_GRID: dict[str, Any] = {"grid": "mid", "grid_options": {"w": 0.5}}
-# Grid and solver belong together, so they are chosen together. With strong guidance the best have no corrector.
+# Grid and solver belong together, so they are chosen together.
 GRIDS: tuple[dict[str, Any], ...] = (
     {"grid": "trailing"},
     {"grid": "karras", "grid_options": {"rho": 4.0}},
@@ -120,22 +120,29 @@ class Choice:
 
 
 def chosen(trial: Trial, final: Trial, statistics: Ems | str, n: int) -> Choice:
-    """The best of the ranking; the default where held-out images do not show that the best is better than that."""
+    """The best of the ranking; the default where that is the better one on the held-out images.
+
+    The verdict says more: whether held-out images show that the setting is better than the default.
+    """
     ranking, own = trial.ranking(statistics, n), default(trial.config)
     at = {str(setting): error for error, setting in ranking}
     best, before = ranking[0][1], final.errors(own, statistics, n)
     receipt: dict[str, Any] = {"setting": str(best), "default": str(own), "tried": len(ranking)}
     receipt["error where it was chosen"] = {"default": at[str(own)], "setting": ranking[0][0]}
     if str(best) == str(own):
-        return Choice(ranking, before, receipt | {"verdict": "the default is the best"})
+        return Choice(ranking, before, receipt | {"verdict": "no benefit found: the default is the best"})
     after = final.errors(best, statistics, n)
     found = verdict(before, after)
     receipt["held-out error"] = found.to_json()
-    if found.helps:
-        return Choice(ranking, after, receipt | {"verdict": "helps"})
+    if found.difference < 0:
+        return Choice(ranking, after, receipt | {"verdict": "helps" if found.helps else "no benefit found"})
     kept = sorted(ranking, key=lambda pair: str(pair[1]) != str(own))
-    receipt |= {"setting": str(own), "best where it was chosen": str(best), "verdict": "no benefit found"}
-    return Choice(kept, before, receipt)
+    told = {
+        "setting": str(own),
+        "best where it was chosen": str(best),
+        "verdict": "no benefit found: the default stays",
+    }
+    return Choice(kept, before, receipt | told)
 
 
 def validated(
