@@ -49,9 +49,14 @@ def report(bench: Bench, made: Artifact) -> list[dict[str, Any]]:
         told = made.receipt[f"{n} calls"]
         e = {
             "chosen": bench.errors(
-                "report", "v3 as advised", lambda: DPMSolverV3Scheduler.from_config(config, artifact=made), n
+                "report",
+                f"v3 {made.sha256[:12]} as advised",
+                lambda: DPMSolverV3Scheduler.from_config(config, artifact=made),
+                n,
             ),
-            "default": bench.errors("report", "v3 default", lambda: own.scheduler(bench.config, ems), n),
+            "default": bench.errors(
+                "report", f"v3 {made.sha256[:12]} default", lambda: own.scheduler(bench.config, ems), n
+            ),
         }
         stock = {r.setting: bench.errors("report", f"stock: {r.setting}", r.make, n) for r in stock_rows(bench)}
         top = min(stock, key=lambda k: stock[k].mean())
