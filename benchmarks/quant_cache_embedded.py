@@ -99,6 +99,8 @@ class Model:
                 if file.exists():
                     vars(row).update(torch.load(file, weights_only=True))
                     continue
+                if not before:
+                    self.call(self.steps)  # the first run of a process is slow
                 if not before or i % 5 == 1:
                     before = self.timed(Row(full.name, "full", full.steps))
                 if not row.failed:
