@@ -1,6 +1,6 @@
 """Quantisation and caches against plain runs of equal seconds, diffusers' caches, cache-dit and torchao alone.
 
-    python benchmarks/bench_quant_cache.py --out docs/results --jobs 2    # the whole page; 20 minutes on two cores
+    python benchmarks/bench_quant_cache.py --out docs/results --jobs 2    # the whole page; 25 minutes on two cores
     python benchmarks/bench_quant_cache.py --out check --images 32 --sections tiny-sd
 
 Embedded models: end to end, error to the run with all steps, FID, memory. A DiT of real width (random weights): time
