@@ -17,8 +17,7 @@ from .artifact import Artifact
 from .compare import Candidate, Job, Outcome
 from .schedulers import FittedScheduler
 
-# For 8 calls, chosen by benchmarks/bench_error.py on its seed for choosing, not on the demo's (tiny-pixel is not
-# shipped, so its row is not measured).
+# For 8 calls, chosen by benchmarks/bench_error.py on its seed for choosing, not on the demo's.
 CHOICE: dict[str, dict[str, Any]] = {
     "tiny-sd": {"sampler": "deis", "order": 2, "grid": "karras", "grid_options": {"rho": 4.0}},
     "tiny-flow": {"sampler": "ipndm", "order": 2, "grid": "mid", "grid_options": {"w": 0.3}},

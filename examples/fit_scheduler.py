@@ -19,7 +19,8 @@ parser.add_argument("--prompts", help="a file; 48 prompts like the ones that you
 parser.add_argument("--calls", type=int, default=6)
 parser.add_argument("--guidance", type=float, default=4.0)
 parser.add_argument("--size", type=int, default=32)
-parser.add_argument("--moves", type=int, default=4, help="how many changes of nodes are tried (fit's default: 40)")
+parser.add_argument("--moves", type=int, default=4, help="how many changes of nodes are tried (fit's default: 16)")
+parser.add_argument("--refine", type=int, default=1, help="rounds of refinement (fit's default: 3)")
 parser.add_argument("--out", default="fitted.safetensors")
 args = parser.parse_args()
 
@@ -32,7 +33,15 @@ small = {"samples": 8, "holdout": 16, "teacher_steps": 40, "grids": ("dp2", "git
 call = {"height": args.size, "width": args.size, **models.CALL_DEFAULTS.get(args.model, {})}
 
 artifact = calibrate.fit(
-    pipe, prompts, args.calls, guidance=args.guidance, moves=args.moves, out=args.out, **small, **call
+    pipe,
+    prompts,
+    args.calls,
+    guidance=args.guidance,
+    moves=args.moves,
+    refine=args.refine,
+    out=args.out,
+    **small,
+    **call,
 )
 print(artifact.receipt)
 

@@ -16,6 +16,7 @@ from ..artifact import Artifact, Receipt, path_identity
 from ..calibrate.engine import Engine
 from ..calibrate.fit import fit as fit_tables
 from ..calibrate.fit_core import Plan as FitPlan
+from ..calibrate.fit_setup import default
 from ..errors import OptionError
 from ..identity import check_model, model_identity
 from ..pipelines.applied import applied
@@ -293,8 +294,7 @@ class Tuning:
             "given": len(engine.prompts),
             "those that judge chose nothing": len(engine.prompts) >= stop,
         }
-        default = inspect.signature(engine.pipe.__call__).parameters.get("guidance_scale")
-        scale = engine.guidance if engine.guidance is not None or default is None else default.default
+        scale = engine.guidance if engine.guidance is not None else default(engine.pipe, "guidance_scale")
         made_on = {
             "pipeline": type(engine.pipe).__name__,
             "model": model_identity(engine.pipe),

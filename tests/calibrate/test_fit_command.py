@@ -15,7 +15,7 @@ from diffaccel.cli import main
 from diffaccel.schedulers import FittedScheduler
 
 ROOT = Path(__file__).parents[2]
-QUICK = {"samples": 8, "holdout": 16, "teacher_steps": 40, "grids": "gits", "moves": 0, "rivals": "none"}
+QUICK = {"samples": 8, "holdout": 16, "teacher_steps": 40, "grids": "gits", "moves": 0, "refine": 1, "rivals": "none"}
 
 
 @pytest.mark.filterwarnings("ignore::diffaccel.errors.ArtifactWarning")

@@ -48,7 +48,7 @@ def test_tuned_recipe_runs(name, stock, tmp_path):
     before, out = pipe.scheduler, tmp_path / "recipe.json"
     call = {k: v for k, v in given.items() if k not in FIXED}
     options = {"images": 8, "holdout": 8, "teacher_steps": 16, "batch": 8, "progress": False, "stock": stock}
-    fit = {"samples": 4, "holdout": 4, "moves": 0, "grids": "time"}
+    fit = {"samples": 4, "holdout": 4, "moves": 0, "refine": 0, "grids": "time"}
     recipe = da.tune(
         pipe, ["a red fox", "a hat"], 3, sources=("pair", "fitted"), fit=fit, out=out,
         guidance=given.get("guidance_scale"), **options, **call,
