@@ -18,13 +18,15 @@ import numpy as np
 from ..core.node import Node
 from ..core.path import Nodes
 from .fit_guard import Errors, relative
+from .fit_rows import BLOCK
 from .fit_run import Memo, Runner, Tensors, batches, student
 
 COEFFICIENT, LAM = 0.02, 0.06  # forward differences: wide, to see past the roughness of a trained network
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FOLDS = 8  # of the cross-validation
 FARTHEST = 0.3  # change of a node's lam in a round
-CLOSEST = 0.2
+CLOSEST = 0.2  # of the distance of two nodes that is left at least
+MEMORY = 1 << 28  # bytes of derivatives that are held at once
 LEAST = 0.3  # of the median error: smaller ones weigh no more
 GAIN = 0.005  # a round must lower the cross-validated score by this much
 RISE = 1.1  # and may not raise the root mean square by more: one is cross-validated, the other fitted
@@ -171,7 +173,9 @@ class Refiner:
     # ------------------------------------------------------------------ derivatives
     def slopes(self, inputs: Sequence[int], nodes: Nodes, w: np.ndarray) -> Slopes:
         """Derivatives of the images after every coefficient (of all channels together) and every node's lam."""
-        found = [self._slopes(part, nodes, w) for part in batches(inputs, self.runner.batch)]
+        size = 4 * self.images[inputs[0]].size * (len(_places(w)) + len(w))  # bytes of an input's derivatives
+        together = max(1, min(self.runner.batch, MEMORY // size))
+        found = [self._slopes(part, nodes, w) for part in batches(inputs, together)]
         return Slopes(*(np.concatenate([getattr(s, name) for s in found]) for name in Slopes.__dataclass_fields__))
 
     def _slopes(self, part: Sequence[int], nodes: Nodes, w: np.ndarray) -> Slopes:
@@ -185,25 +189,19 @@ class Refiner:
         columns: list[np.ndarray] = []
         for i, j in _places(w):
             if i + 1 == len(w):
-                columns.append(seen[i][j].astype(np.float64))
+                columns.append(seen[i][j])
                 continue
             state = _applied(w[i], seen[i]) + COEFFICIENT * seen[i][j]
             changed = self._run(part, nodes, w, begin=(i + 1, state, seen[i][1:]))
-            columns.append((changed.astype(np.float64) - image) / COEFFICIENT)
+            columns.append((changed - image) / COEFFICIENT)
         for i in range(1, len(w)) if self.moves else ():
             lams = np.array([n.lam for n in nodes[1:-1]])
             lams[i - 1] += LAM if lams[i - 1] + LAM < nodes.path.last.lam else -LAM
             changed = self._run(part, _at(nodes, lams), w, begin=(i, seen[i][0], seen[i][2:]))
-            columns.append((changed.astype(np.float64) - image) / (lams[i - 1] - nodes[i].lam))
-        jacobian = np.stack(columns, axis=1).reshape(len(part), len(columns), -1)
+            columns.append((changed - image) / (lams[i - 1] - nodes[i].lam))
         wanted = self._wanted(part).astype(np.float64)
-        distance = (image - wanted).reshape(len(part), -1)
-        return Slopes(
-            jacobian @ jacobian.swapaxes(1, 2),
-            np.einsum("npd,nd->np", jacobian, distance),
-            relative(image, wanted),
-            np.square(wanted.reshape(len(part), -1)).sum(axis=1),
-        )
+        products, slopes = _summed(columns, image - wanted)
+        return Slopes(products, slopes, relative(image, wanted), np.square(wanted.reshape(len(part), -1)).sum(axis=1))
 
     def _run(
         self,
@@ -219,6 +217,16 @@ class Refiner:
 
     def _wanted(self, part: Sequence[int]) -> np.ndarray:
         return np.stack([self.images[n] for n in part])
+
+
+def _summed(columns: Sequence[np.ndarray], distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n, P, P) products of P columns (n, ...) with each other, and (n, P) with the distance, in float64."""
+    rows = [v.reshape(len(distance), -1) for v in (*columns, distance)]
+    total = np.zeros((len(distance), len(rows), len(rows)))
+    for start in range(0, rows[0].shape[1], BLOCK):
+        block = np.stack([v[:, start : start + BLOCK] for v in rows], axis=1).astype(np.float64)
+        total += block @ block.swapaxes(1, 2)
+    return total[:, :-1, :-1], total[:, :-1, -1]
 
 
 def _places(w: np.ndarray) -> list[tuple[int, int]]:

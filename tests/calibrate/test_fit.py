@@ -17,7 +17,8 @@ from diffaccel.artifact import Artifact
 from diffaccel.calibrate.engine import Engine
 from diffaccel.calibrate.fit_guard import relative
 from diffaccel.calibrate.fit_pipe import Piped
-from diffaccel.calibrate.fit_run import student
+from diffaccel.calibrate.fit_run import analytic, student
+from diffaccel.core.grid import nodes as grid_nodes
 from diffaccel.core.path import Nodes
 from diffaccel.errors import ArtifactError, OptionError, RunError
 from diffaccel.samplers.fitted import Tables
@@ -90,6 +91,26 @@ def test_the_scheduler_lands_where_the_fit_did(name: str, channels: bool) -> Non
     scheduler = FittedScheduler.from_config(pipe.scheduler.config, artifact=made)
     found = user_images(pipe, scheduler, 4, range(4, 8), **call)
     assert found == pytest.approx(wanted, abs=1e-5 * float(np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "wan"])
+def test_a_run_goes_on_from_its_middle(name: str) -> None:
+    """What derivatives are made of: a pipeline that is handed a state at a later node."""
+    pipe = pipelines.build(name)
+    runner = Piped(Engine(pipe, PROMPTS, call=call_of(name), batch=2, progress=False))
+    nodes = grid_nodes(runner.path, 4, "uniform_lambda" if name in ("sd15", "sdxl") else "trailing")
+    seen: list[list[np.ndarray]] = []
+
+    def see(i: int, features: list[np.ndarray]) -> bool:
+        seen.append(features)
+        return True
+
+    w = analytic(nodes, 3)
+    wanted = student(runner, [0, 1], nodes, w, see)
+    assert wanted is not None
+    for i in (1, 3):
+        found = student(runner, [0, 1], nodes, w, begin=(i, seen[i][0], seen[i][2:]))
+        assert found == pytest.approx(wanted, abs=1e-5 * float(np.abs(wanted).max()))
 
 
 def test_the_receipt_is_what_a_user_measures(sd15: tuple[Any, Artifact]) -> None:

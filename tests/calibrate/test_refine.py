@@ -107,9 +107,10 @@ def test_nodes_never_pass_each_other(path: Path) -> None:
     assert [n.lam for n in still] == pytest.approx([n.lam for n in nodes]) and np.array_equal(v, w)
 
 
-def test_batches_do_not_matter() -> None:
+def test_batches_and_memory_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = []
-    for batch in (1 << 30, 7):
+    for batch, memory in ((1 << 30, 1 << 28), (7, 20_000)):
+        monkeypatch.setattr(refine, "MEMORY", memory)
         made, nodes, w = learned(PATHS[0], 6, 24, batch)
         tables.append(Refiner(made.runner, made.teacher.images).round(made.inputs, nodes, w))
     (nodes, w, scores), (others, v, _) = tables
