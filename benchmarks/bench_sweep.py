@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from diffaccel import models
 from diffaccel.cli import main
 from diffaccel.eval.page import cell_values
 from diffaccel.eval.report_run import Report, report
@@ -38,7 +39,9 @@ def run(model: str, args: argparse.Namespace, work: Path) -> Report:
     if args.partial:
         return report(work / model)
     stock, more = STOCK[model]
-    given = ["eval", "sweep", model, "--schedulers", ",".join(filter(None, [OURS[model], more])), "--stock", stock]
+    table = f"fitted:artifact={models.fitted(model)}" if args.fitted else None
+    ours = ",".join(filter(None, [table or OURS[model], more]))
+    given = ["eval", "sweep", model, "--schedulers", ours, "--stock", stock]
     given += ["--calls", args.calls, "--images", str(args.images), "--batch", str(args.batch), "--cpu"]
     given += ["--teacher-images", str(args.teacher_images), "--out", str(work / model)]
     if main(given):
@@ -49,12 +52,13 @@ def run(model: str, args: argparse.Namespace, work: Path) -> Report:
 def page(model: str, args: argparse.Namespace, data: dict[str, Any]) -> str:
     """The report as Markdown."""
     about, where = data["model"], data["environment"]
+    fitted = " --fitted" if args.fitted else ""
     lines = [
         f"# Sweep of {model}",
         "",
         f"Measured by `python benchmarks/bench_sweep.py --models {model} --images {args.images} --calls {args.calls}"
-        f" --batch {args.batch} --teacher-images {args.teacher_images}` with diffusers {where['diffusers']}, torch "
-        f"{where['torch']}. {data['images']} images a row, the same seeds and prompts in every row; "
+        f" --batch {args.batch} --teacher-images {args.teacher_images}{fitted}` with diffusers {where['diffusers']}, "
+        f"torch {where['torch']}. {data['images']} images a row, the same seeds and prompts in every row; "
         f"{', '.join(f'{k} {v}' for k, v in about['options'].items()) or 'class labels, no guidance'}. "
         f"{data['fid_label']}, corrected for the bias of few images. Weights {about['weights'][:12]}. Seconds were "
         "measured on a shared machine: only their order of size counts.",
@@ -116,6 +120,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calls", default="5,8")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--teacher-images", type=int, default=16)
+    parser.add_argument("--fitted", action="store_true", help="the fitted table that ships in place of ours")
     parser.add_argument("--partial", action="store_true", help="run nothing: write what is in --work")
     parser.add_argument("--work", help="folder of the sweeps (default: a temporary one)")
     parser.add_argument("--out", help="folder for sweep_<model>.md and .json")
@@ -129,9 +134,10 @@ def bench() -> None:
             found = run(model, args, Path(args.work or temporary))
             if args.out and os.environ.get("RANK", "0") == "0":
                 out = Path(args.out)
-                (out / f"sweep_{model}.md").write_text(page(model, args, found.data), encoding="utf-8")
+                name = f"sweep_{'fitted_' if args.fitted else ''}{model}"
+                (out / f"{name}.md").write_text(page(model, args, found.data), encoding="utf-8")
                 slim = {k: v for k, v in found.data.items() if k != "command"}
-                (out / f"sweep_{model}.json").write_text(json.dumps(slim, indent=1) + "\n", encoding="utf-8")
+                (out / f"{name}.json").write_text(json.dumps(slim, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import OptionError, no_leftover
+from .errors import ArtifactError, OptionError, no_leftover
 
 SAMPLE = 64  # values of each tensor that the hash of a checkpoint reads
 
@@ -207,7 +207,8 @@ class Passes:
 def calls_near(scheduler: Any, calls: int) -> dict[int, int] | None:
     """`num_inference_steps` -> model calls that a scheduler makes with it (PNDM and Heun make more), near `calls`.
 
-    None if it needs what only its pipeline knows (mu): the count of the first batch decides then.
+    None if it needs what only its pipeline knows (mu): the count of the first batch decides then. A number that its
+    artifact has no table for is left out.
     """
     found = {}
     for steps in dict.fromkeys([calls, calls - 1, calls + 1, (calls + 1) // 2, calls // 2]):
@@ -216,6 +217,8 @@ def calls_near(scheduler: Any, calls: int) -> dict[int, int] | None:
             continue
         try:
             trial.set_timesteps(steps)
+        except ArtifactError:
+            continue
         except Exception:
             # A scheduler that cannot do this number at all says so in the first batch, in its own words.
             return None
@@ -232,10 +235,12 @@ def steps_for(scheduler: Any, calls: int) -> int:
         OptionError: there is none.
     """
     near = calls_near(scheduler, calls)
-    exact = calls if near is None else next((steps for steps, made in near.items() if made == calls), None)
+    # Where there is none at all, the first batch says why.
+    exact = next((steps for steps, made in near.items() if made == calls), None) if near else calls
     if exact is not None:
         return exact
-    shown = ", ".join(f"{made} ({steps} steps)" for steps, made in sorted((near or {}).items()))
+    assert near is not None
+    shown = ", ".join(f"{made} ({steps} steps)" for steps, made in sorted(near.items()))
     raise OptionError(
         f"{type(scheduler).__name__} cannot spend exactly {calls} model calls; nearby it can make {shown}"
     )

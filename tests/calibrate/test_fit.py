@@ -20,7 +20,9 @@ from diffaccel.calibrate.fit_pipe import Piped
 from diffaccel.calibrate.fit_run import analytic, student
 from diffaccel.core.grid import nodes as grid_nodes
 from diffaccel.core.path import Nodes
+from diffaccel.drive import steps_for
 from diffaccel.errors import ArtifactError, OptionError, RunError
+from diffaccel.eval.rivals import Setting
 from diffaccel.samplers.fitted import Tables
 from diffaccel.schedulers import FittedScheduler, TableScheduler
 from diffaccel.testing import pipelines
@@ -285,3 +287,13 @@ def test_extend_adds_budgets(sd15: tuple[Any, Artifact]) -> None:
         calibrate.extend(made, pipe, PROMPTS, 4, ridge=1.0)
     with pytest.raises(ArtifactError, match="other weights"):
         calibrate.extend(made, pipelines.build("sd15", seed=1), PROMPTS, 4)
+
+
+def test_a_sweep_knows_which_budgets_an_artifact_has(sd15: tuple[Any, Artifact]) -> None:
+    """Before the first image: fewer calls, which every sweep adds, are left out where there is no table for them."""
+    scheduler = FittedScheduler.from_config(config(), artifact=sd15[1])
+    setting = Setting("fitted", scheduler)
+    assert [setting.steps(n) for n in (2, 3, 4, 5)] == [None, 3, 3, 5]
+    assert steps_for(scheduler, 5) == 5
+    with pytest.raises(OptionError, match=r"cannot spend exactly 4 model calls; nearby it can make 3 \(3 steps\), 5"):
+        steps_for(scheduler, 4)
