@@ -28,6 +28,7 @@ pytestmark = [  # diffusers' own, and what a fit on so few images says
     pytest.mark.filterwarnings("ignore:fit, :diffaccel.errors.ArtifactWarning"),
 ]
 IMAGES, CALLS = 32, 6
+FIT = {"moves": 2, "refine": 1, "samples": 8}
 QUICK = {"images": 8, "holdout": 8, "teacher_steps": 40, "fit": False, "batch": 8, "progress": False, "stock": False}
 
 
@@ -81,7 +82,7 @@ def test_it_lands_within_5_per_cent_of_exhaustive_search_at_15_per_cent_of_its_e
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Bench, "choice", counted)
-        options = {"images": IMAGES, "holdout": 8, "fit": {"moves": 2, "refine": 1, "samples": 8}, "batch": IMAGES, "stock": False}
+        options = {"images": IMAGES, "holdout": 8, "fit": FIT, "batch": IMAGES, "stock": False}
         recipe = da.tune(pipe, ["0"], CALLS, progress=False, **options)
     hook.remove()
     exact, engine = exact_images(pipe, IMAGES), Engine(pipe, ["0"], batch=IMAGES, progress=False)
@@ -108,7 +109,7 @@ def test_a_second_run_gives_the_same_recipe_byte_for_byte(tmp_path):
     """Seconds and what was spent apart, which stand in a part of their own."""
     files = []
     for name in ("a.json", "b.json"):
-        options = {"fit": {"moves": 2, "refine": 1, "samples": 8}, "sources": ("test few", "fitted"), "out": tmp_path / name}
+        options = {"fit": FIT, "sources": ("test few", "fitted"), "out": tmp_path / name}
         recipe = tuned(**options)
         assert recipe == Recipe.load(tmp_path / name)
         files.append((tmp_path / name).read_text())
@@ -156,7 +157,7 @@ def test_a_stopped_tuning_goes_on_and_ends_the_same(tmp_path, after, monkeypatch
 
 
 def test_a_stopped_tuning_keeps_its_fitted_table(tmp_path, monkeypatch):
-    options = {"fit": {"moves": 2, "refine": 1, "samples": 8}, "sources": ("test few", "fitted"), "out": tmp_path / "r.json"}
+    options = {"fit": FIT, "sources": ("test few", "fitted"), "out": tmp_path / "r.json"}
     monkeypatch.setattr(Bench, "learn", lambda *_: (_ for _ in ()).throw(Stop))
     with pytest.raises(Stop):
         tuned(**options)
@@ -168,7 +169,7 @@ def test_a_stopped_tuning_keeps_its_fitted_table(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------- what it says
 def test_the_cost_is_printed_before_the_run_and_is_not_exceeded(capsys):
-    recipe = tuned(progress=True, stock=True, fit={"moves": 2, "refine": 1, "samples": 8}, sources=("test few", "fitted"))
+    recipe = tuned(progress=True, stock=True, fit=FIT, sources=("test few", "fitted"))
     printed = capsys.readouterr().out
     assert "tune: 9 candidates and a fitted table" in printed and "minutes more, by the first batch" in printed
     most = int(printed.split("at most ")[1].split()[0])
