@@ -13,7 +13,7 @@ import torch
 from ..core.grid import nodes as grid_nodes
 from ..core.path import Nodes
 from ..drive import denoiser, steps_for
-from ..errors import OptionError
+from ..errors import ArtifactError, OptionError
 from ..schedulers import TableSchedulerOutput
 from ..schedulers.from_config import grid_of, read
 from .captured import OnNodes, model_config
@@ -123,7 +123,7 @@ class Piped:
         if make is None:
             try:
                 steps = steps_for(scheduler, calls)
-            except OptionError:
+            except (ArtifactError, OptionError):
                 return None
         if steps is None or (ramp and not self.engine.takes("sigmas")):
             return None
