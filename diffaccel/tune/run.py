@@ -17,7 +17,7 @@ from ..calibrate.engine import Engine
 from ..calibrate.fit import fit as fit_tables
 from ..calibrate.fit_core import Plan as FitPlan
 from ..calibrate.fit_setup import default
-from ..errors import OptionError
+from ..errors import ArtifactError, OptionError
 from ..identity import check_model, model_identity
 from ..pipelines.applied import applied
 from ..pipelines.handle import refuse_wrapped
@@ -280,7 +280,7 @@ class Tuning:
         try:
             plain: Run | None = (present := bench.plain(plan.calls))
             errors["plain"] = bench.rival("plain", plan.calls, present, first, stop)
-        except OptionError as error:
+        except (ArtifactError, OptionError) as error:
             plain, bench.failed["plain"] = None, str(error)
         finalists = [rivals[c] for c in best.ranked[:FINALISTS]] if best else []
         measured = [(name, bench.rival(f"stock {name}", plan.calls, make, first, stop)) for name, make in finalists]
