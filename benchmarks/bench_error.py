@@ -4,8 +4,8 @@ against every deterministic sampler of ours on ours, at equal model calls, from 
     python benchmarks/bench_error.py --models tiny-sd tiny-flow tiny-pixel --images 24 --out docs/results
 
 Two sets of seeds: ours is chosen on the first; both are reported on the second, where the best stock setting is
-picked after the fact (which favours it). Writes `error_to_teacher.json` and `.md`,
-and `which_sampler.md` beside that folder.
+picked after the fact (which favours it). Writes `error_to_teacher.json` and `.md`, and `which_sampler.md` beside that
+folder; models that the JSON holds already, and that are not named, stay in it.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def markdown(full: dict[str, Any]) -> str:
     lines = [
         "# Error to a many-step teacher",
         "",
-        f"Measured by `{full['command']}` with diffusers {full['diffusers']}, torch {full['torch']}. Error: relative "
+        "Measured by `python benchmarks/bench_error.py`. Error: relative "
         f"distance of an image's final latents to those of a stock second-order solver at {TEACHER_CALLS} calls, from "
         "the same noise; medians over images. Ours (sampler and grid) was chosen on other seeds; the best stock "
         "setting was picked on the very images of the table, which favours it. Interval: paired bootstrap over images.",
@@ -138,7 +138,7 @@ def markdown(full: dict[str, Any]) -> str:
             f"## {name}",
             "",
             f"{report['images']} images, guidance {report['guidance'] or 'none'}; {_stock_settings(report)} stock "
-            f"settings. The teacher with half its calls is off by {report['gap_report']:.4f}.",
+            f"settings; {report['with']}. The teacher with half its calls is off by {report['gap_report']:.4f}.",
             "",
             "| calls | best stock | its error | ours | its error | ours / stock [95 %] | images improved |",
             "|---|---|---|---|---|---|---|",
@@ -171,10 +171,10 @@ def advice(full: dict[str, Any]) -> str:
     lines = [
         "# Which sampler should I take?",
         "",
-        f"Written by `{full['command']}`; nothing on this page is an opinion. The models are this package's own small "
-        "ones ([models](models.md)), so try the first two or three rows on your checkpoint. Error: median distance to "
-        f"a {TEACHER_CALLS}-call teacher from the same noise, for settings of `TableScheduler`; 'stock' is the best "
-        "setting of diffusers' own schedulers, picked on the same images.",
+        "Written by `python benchmarks/bench_error.py`; nothing on this page is an opinion. The models are this "
+        "package's own small ones ([models](models.md)), so try the first two or three rows on your checkpoint. Error: "
+        f"median distance to a {TEACHER_CALLS}-call teacher from the same noise, for settings of `TableScheduler`; "
+        "'stock' is the best setting of diffusers' own schedulers, picked on the same images.",
     ]
     for name, report in full["models"].items():
         lines += ["", f"## Like {name} ({KINDS.get(name, '')})", "", "| calls | first | second | third | stock |"]
@@ -203,13 +203,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for error_to_teacher.json and .md")
     args = parser.parse_args()
     diffusers.utils.logging.set_verbosity_error()
-    found = {}
+    kept = args.out / "error_to_teacher.json" if args.out else None
+    found = json.loads(kept.read_text())["models"] if kept is not None and kept.exists() else {}
     for name in args.models:
         report = model_report(name, args.images, args.guidance, tuple(args.calls))
         report["summary"] = [summary(report, calls) for calls in args.calls]
+        report["with"] = f"diffusers {diffusers.__version__}, torch {torch.__version__}"
         found[name] = report
-    command = f"python benchmarks/bench_error.py --models {' '.join(args.models)} --images {args.images}"
-    full = {"command": command, "diffusers": diffusers.__version__, "torch": torch.__version__, "models": found}
+    full = {"models": {name: found[name] for name in models.names() if name in found}}
     text = markdown(full)
     print(text)
     if args.out:
