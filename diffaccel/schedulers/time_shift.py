@@ -148,14 +148,20 @@ class Aim:
 
     Args:
         bounds: (W - 1,) rising variances between neighbours, of the state or (clock "corrected") of shifts.
-        mix: (W, 3) coefficients of x, of the row's own result (or of x0), and of the draw.
+        mix: coefficients of x, of the row's own result (or of x0), and of the draw, each (W, 1, ...) as states are.
         center: index of the candidate that is the grid's own target.
     """
 
     bounds: torch.Tensor
-    mix: torch.Tensor
+    mix: tuple[torch.Tensor, ...]
     center: int
     positions: np.ndarray
+
+    def fits(self, x: torch.Tensor) -> bool:
+        """Whether it is of the dtype and device of a state; its shape follows without a copy."""
+        if self.mix[0].ndim != x.ndim:
+            self.mix = tuple(_as_images(column, x) for column in self.mix)
+        return self.bounds.dtype is x.dtype and self.bounds.device == x.device
 
 
 @dataclass
@@ -188,10 +194,11 @@ class Shifts:
             return state, x0
         k = torch.searchsorted(aim.bounds, _variance(x))
         self.chosen.append((i, k))
-        a, b, c = _columns(aim.mix, k, x)
+        a, b, c = aim.mix
+        kept = x * a.index_select(0, k)
         if draw is None:
-            return torch.addcmul(x * a, state, b), x0
-        return (x * a).addcmul_(x0, b).addcmul_(draw, c), x0
+            return kept.addcmul_(state, b.index_select(0, k)), x0
+        return kept.addcmul_(x0, b.index_select(0, k)).addcmul_(draw, c.index_select(0, k)), x0
 
     def prepare(self, device: torch.device) -> None:
         """Plan all rows before the first call, for states in float32."""
@@ -201,7 +208,7 @@ class Shifts:
 
     def _aim(self, i: int, x: torch.Tensor) -> Aim | None:
         aim = self.aims.get(i)
-        if i not in self.aims or (aim is not None and (aim.mix.dtype is not x.dtype or aim.mix.device != x.device)):
+        if i not in self.aims or (aim is not None and not aim.fits(x)):
             aim = self.aims[i] = self._arrival(i, x) if self.asked.mode == "timestep" else self._planned(i, x)
         return aim
 
@@ -284,7 +291,7 @@ class Shifts:
         if aim is not None:
             k = torch.searchsorted(aim.bounds, _variance(state))
             self.chosen.append((i, k))
-            self.fed = aim.mix[:, 0][k]
+            self.fed = aim.mix[0].flatten()[k]
         return state, x0
 
     def _arrival(self, i: int, x: torch.Tensor) -> Aim | None:
@@ -346,9 +353,9 @@ class Shifts:
 def _variance(x: torch.Tensor) -> torch.Tensor:
     """(B,) unbiased variance of each image; by two sums, which take half the time of `Tensor.var`."""
     flat = x.flatten(1)
-    n = flat.shape[1]
-    mean = flat.sum(dim=1) / n
-    return (torch.linalg.vector_norm(flat, dim=1).square_() / n).addcmul_(mean, mean, value=-1).mul_(n / (n - 1))
+    n, total = flat.shape[1], flat.sum(dim=1)
+    squares = torch.linalg.vector_norm(flat, dim=1).square_()
+    return squares.addcmul_(total, total, value=-1 / n).div_(n - 1)
 
 
 def _edges(values: np.ndarray) -> np.ndarray:
@@ -358,8 +365,13 @@ def _edges(values: np.ndarray) -> np.ndarray:
 
 def _made(bounds: np.ndarray, mix: np.ndarray, at: np.ndarray, center: float, x: torch.Tensor) -> Aim:
     middle = int(np.argmin(np.abs(at - center)))
-    edges, columns = (torch.tensor(np.array(v), dtype=x.dtype, device=x.device) for v in (bounds, mix))
-    return Aim(edges, columns, middle, at)
+    edges, *columns = (torch.tensor(np.array(v), dtype=x.dtype, device=x.device) for v in (bounds, *mix.T))
+    return Aim(edges, tuple(_as_images(column, x) for column in columns), middle, at)
+
+
+def _as_images(column: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(W, 1, ...) with the number of dimensions of x."""
+    return column.view(-1, *(1,) * (x.ndim - 1))
 
 
 def _columns(mix: torch.Tensor, k: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
