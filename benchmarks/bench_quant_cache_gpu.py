@@ -17,7 +17,7 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
+from quant_cache_peers import alone, ours
 
-import diffaccel as da
 from diffaccel.calibrate.watched import watched
 from diffaccel.denoiser.cache import Cache
-from diffaccel.denoiser.quant import Quant, quantise
+from diffaccel.denoiser.quant import Quant
 from diffaccel.testing.pipelines import build
 
 Call = Callable[[int], torch.Tensor]
@@ -118,34 +118,6 @@ def last_state(pipe: Any, run: Callable[[], Any]) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------- rows
-def ours(compiled: bool = False, **settings: Any) -> peers.Wrap:
-    @contextlib.contextmanager
-    def wrap(pipe: Any) -> Iterator[Any]:
-        with da.quant_cache(pipe, **settings) as handle:
-            if compiled:
-                handle.compile()
-            yield handle
-
-    return wrap
-
-
-def alone(quant: Quant | None, compiled: bool) -> peers.Wrap:
-    """torchao, or nothing, with the blocks compiled."""
-
-    @contextlib.contextmanager
-    def wrap(pipe: Any) -> Iterator[None]:
-        with peers.twin(pipe) as model:
-            if quant is not None:
-                quantise(model, quant)
-            if compiled:
-                for name in ("transformer_blocks", "single_transformer_blocks"):
-                    for block in getattr(model, name, ()):
-                        block.compile()
-            yield
-
-    return wrap
-
-
 def candidates(steps: int, quants: list[Quant]) -> list[tuple[str, peers.Wrap, int]]:
     """(name, context, steps)."""
     plain = [(f"{n} steps", lambda pipe: contextlib.nullcontext(), n) for n in (round(s * steps) for s in PLAIN)]

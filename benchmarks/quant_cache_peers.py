@@ -1,6 +1,7 @@
-"""Caches of others for bench_quant_cache.py, on a copy of the pipeline's transformer that is thrown away afterwards.
+"""What the quantisation and cache benchmarks wrap a pipeline in: ours, torchao alone, and the caches of others.
 
-diffusers' hooks keep their state by the name of a context, which SD3's and DiT's pipelines never enter: it is set here.
+All but ours work on a copy of the denoiser that is thrown away afterwards. diffusers' hooks keep their state by the
+name of a context, which SD3's and DiT's pipelines never enter: it is set here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import diffusers.hooks as hooks
 import torch
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
+import diffaccel as da
+from diffaccel.denoiser.quant import quantise
+
 Wrap = Callable[[Any], Any]  # pipeline -> context manager; the pipeline is called once in it
 
 
@@ -28,6 +32,39 @@ def twin(pipe: Any) -> Iterator[torch.nn.Module]:
         yield getattr(pipe, name)
     finally:
         setattr(pipe, name, own)
+
+
+def ours(compiled: bool = False, **settings: Any) -> Wrap:
+    """`quant_cache` with these settings."""
+
+    @contextlib.contextmanager
+    def wrap(pipe: Any) -> Iterator[Any]:
+        with da.quant_cache(pipe, **settings) as handle:
+            if compiled:
+                handle.compile()
+            yield handle
+
+    return wrap
+
+
+def alone(quant: da.Quant | str | None, compiled: bool) -> Wrap:
+    """torchao, or compiled blocks, without a cache."""
+
+    @contextlib.contextmanager
+    def wrap(pipe: Any) -> Iterator[None]:
+        with twin(pipe) as model:
+            if quant is not None:
+                quantise(model, quant)
+            if compiled:
+                if hasattr(model, "down_blocks"):
+                    parts = [*model.down_blocks, model.mid_block, *model.up_blocks]
+                else:
+                    parts = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", ())]
+                for part in parts:
+                    part.compile()
+            yield
+
+    return wrap
 
 
 def diffusers_peer(make: Callable[[Any, Callable[[], float]], Any], apply: Callable[..., None]) -> Wrap:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import quant_cache_peers as peers
 import torch
+from quant_cache_peers import alone, ours
 
 import diffaccel as da
 from diffaccel.artifact import Artifact
 from diffaccel.calibrate.validate import STOCK
 from diffaccel.compare import stock
 from diffaccel.denoiser.cache import Cache
-from diffaccel.denoiser.quant import quantise
 
 PLAIN = (0.25, 0.3, 0.36, 0.43, 0.5, 0.57, 0.64, 0.72, 0.8, 0.9)  # shares of the steps, for the curve of plain runs
 STOCK_AT = (0.36, 0.5, 0.64)
@@ -56,35 +56,6 @@ class Row:
     def result(self) -> dict[str, Any]:
         """What is kept of it on disk."""
         return {k: getattr(self, k) for k in ("seconds", "latents", "full", "peak", "kept", "failed")}
-
-
-def ours(compiled: bool = False, **settings: Any) -> Callable[[Any], Any]:
-    @contextlib.contextmanager
-    def wrap(pipe: Any) -> Iterator[Any]:
-        with da.quant_cache(pipe, **settings) as handle:
-            if compiled:
-                handle.compile()
-            yield handle
-
-    return wrap
-
-
-def alone(mode: da.Quant | None, compiled: bool) -> Callable[[Any], Any]:
-    """torchao, or compiled blocks, without a cache."""
-
-    @contextlib.contextmanager
-    def wrap(pipe: Any) -> Iterator[None]:
-        with peers.twin(pipe) as model:
-            if mode is not None:
-                quantise(model, mode)
-            if compiled:
-                unet = hasattr(model, "down_blocks")
-                parts = [*model.down_blocks, model.mid_block, *model.up_blocks] if unet else model.transformer_blocks
-                for part in parts:
-                    part.compile()
-            yield
-
-    return wrap
 
 
 # ---------------------------------------------------------------------- lists

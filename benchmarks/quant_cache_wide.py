@@ -14,6 +14,7 @@ import quant_cache_peers as peers
 import torch
 import torch._inductor.config as inductor
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from quant_cache_peers import alone, ours
 from torch._dynamo.utils import counters
 
 import diffaccel as da
@@ -103,35 +104,15 @@ def measured(call: Callable[[int], Any], steps: int, reference: torch.Tensor) ->
 def candidates(pipe: Any) -> list[tuple[str, Callable[[Any], Any], int]]:
     """(name, context, steps)."""
 
-    def ours(compiled: bool = False, **settings: Any) -> Callable[[Any], Any]:
-        @contextlib.contextmanager
-        def wrap(pipe: Any) -> Any:
-            with da.quant_cache(pipe, **settings) as handle:
-                if compiled:
-                    handle.compile()
-                yield handle
-
-        return wrap
-
-    @contextlib.contextmanager
-    def torchao_alone(pipe: Any, compiled: bool = False, mode: str | None = "w8a8") -> Any:
-        with peers.twin(pipe) as model:
-            if mode is not None:
-                quantise(model, mode)
-            if compiled:
-                for block in model.transformer_blocks:
-                    block.compile()
-            yield
-
     def plain(pipe: Any) -> Any:
         return contextlib.nullcontext()
 
     three, learned_like = Cache.every(3, forecast=1), Cache.every(2, forecast=1)
     return [
         *((f"{n} steps", plain, n) for n in PLAIN),
-        ("float, blocks compiled", lambda p: torchao_alone(p, True, None), STEPS),
-        ("torchao W8A8 alone", torchao_alone, STEPS),
-        ("torchao W8A8 alone, blocks compiled", lambda p: torchao_alone(p, True), STEPS),
+        ("float, blocks compiled", alone(None, True), STEPS),
+        ("torchao W8A8 alone", alone("w8a8", False), STEPS),
+        ("torchao W8A8 alone, blocks compiled", alone("w8a8", True), STEPS),
         ("every(3), forecast 0", ours(cache=Cache.every(3, forecast=0)), STEPS),
         ("every(3), forecast 1", ours(cache=three), STEPS),
         ("every(2), forecast 1", ours(cache=learned_like), STEPS),

@@ -236,12 +236,12 @@ def steps_for(scheduler: Any, calls: int) -> int:
         ArtifactError: there is none because the scheduler's artifact has nothing for it.
     """
     near = calls_near(scheduler, calls)
-    # Where there is none at all, the first batch says why.
-    exact = next((steps for steps, made in near.items() if made == calls), None) if near else calls
+    if not near:
+        return calls  # the first batch says why there is none
+    exact = next((steps for steps, made in near.items() if made == calls), None)
     if exact is not None:
         return exact
     copy.deepcopy(scheduler).set_timesteps(calls)  # an artifact says what it holds
-    assert near is not None
     shown = ", ".join(f"{made} ({steps} steps)" for steps, made in sorted(near.items()))
     raise OptionError(
         f"{type(scheduler).__name__} cannot spend exactly {calls} model calls; nearby it can make {shown}"

@@ -21,7 +21,7 @@ from ..errors import ArtifactError, OptionError
 from .cache_measure import Measurement
 from .engine import Batch, Engine
 from .schedule import Mask, intervals, letters, neighbours, shortest, shortest_few
-from .validate import ends, errors, over_processes
+from .validate import ends, errors, finite, over_processes
 from .watched import watched
 
 FEW = 4  # shortest paths that are tried on real runs
@@ -110,10 +110,9 @@ class Runs:
     # ------------------------------------------------------------------ compensation
     def share(self, first: int, count: int) -> Batch:
         """This process's share of images that are fitted together, as one batch."""
-        engine, world = self.engine, self.engine.world
+        world = self.engine.world
         start, end = (first + count * r // world.size for r in (world.rank, world.rank + 1))
-        prompts = tuple(engine.prompts[i % len(engine.prompts)] for i in range(start, end))
-        return Batch(world.rank, prompts, tuple(engine.seed + i for i in range(start, end)))
+        return self.engine.group(range(start, end), world.rank)
 
     def total(self, share: torch.Tensor) -> torch.Tensor:
         """The sum over processes, the same on all."""
@@ -217,7 +216,7 @@ class Runs:
             except OptionError:
                 continue  # too few full steps before the first reused one, at every one of them
             e = self.errors(images, cache)
-            scores[mask] = float(np.sqrt(np.mean(np.nan_to_num(e, nan=1e30, posinf=1e30) ** 2)))
+            scores[mask] = float(np.sqrt(np.mean(finite(e) ** 2)))
 
 
 def _told(mask: Mask, scores: dict[Mask, float]) -> str:

@@ -18,7 +18,7 @@ from ..core.table import Table
 from ..samplers.registry import get
 from ..schedulers.settings import output_of
 from .captured import Captured
-from .engine import Batch, Engine
+from .engine import Batch, Engine, joined
 
 BOUNDS = (0.3, 2.0)
 TOLERANCE = 1e-2
@@ -139,11 +139,7 @@ def teacher_states(engine: Engine, tag: str, batches: Sequence[Batch], student: 
         engine.run(batch, Captured.of(student.config, "dpmpp", TEACHER, see=see, nodes=nodes), len(nodes) - 1)
         return {"x": np.stack(kept, axis=1)}
 
-    return engine.accumulate(tag, batches, work, _joined, gather=False)["x"]
-
-
-def _joined(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {key: np.concatenate([a[key], b[key]]) for key in a}
+    return engine.accumulate(tag, batches, work, joined, gather=False)["x"]
 
 
 def _squares(x: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -156,11 +156,14 @@ class Engine:
         """
         size = max(1, min(self.batch, count // self.world.size))
         numbers = [range(i, min(i + size, first + count)) for i in range(first, first + count, size)]
-        made = [
-            Batch(k, tuple(self.prompts[i % len(self.prompts)] for i in part), tuple(self.seed + i for i in part))
-            for k, part in enumerate(numbers)
-        ]
+        made = [self.group(part, k) for k, part in enumerate(numbers)]
         return made[self.world.rank :: self.world.size]
+
+    def group(self, images: Iterable[int], index: int = 0) -> Batch:
+        """A batch of these images: image i has prompt i (mod their number) and the noise of seed + i."""
+        numbers = list(images)
+        prompts = tuple(self.prompts[i % len(self.prompts)] for i in numbers)
+        return Batch(index, prompts, tuple(self.seed + i for i in numbers))
 
     def accumulate(
         self,
@@ -277,6 +280,11 @@ class Engine:
         nodes = Nodes([node, Node(node.t, 1.0, 0.0)], Path.from_config(config))
         self.run(batch, Captured.of(config, "ddim", see=see, nodes=nodes, own_noise=x is None), 1, x)
         return seen[0], seen[1]
+
+
+def joined(a: Tensors, b: Tensors) -> Tensors:
+    """The arrays of two batches, one after the other: `merge` of what is kept for each image."""
+    return {key: np.concatenate([a[key], b[key]]) for key in a}
 
 
 class _Count:

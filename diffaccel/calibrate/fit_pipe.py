@@ -17,7 +17,7 @@ from ..errors import ArtifactError, OptionError
 from ..schedulers import TableSchedulerOutput
 from ..schedulers.from_config import grid_of, read
 from .captured import OnNodes, model_config
-from .engine import Batch, Engine, Tensors
+from .engine import Engine, Tensors
 from .fit_run import Step
 
 Make = Callable[[Mapping[str, Any]], Any]  # a scheduler from the config of the pipeline's
@@ -70,12 +70,6 @@ class Piped:
         self.reading = read(engine.pipe.scheduler.config)
         self.path = self.reading.path
 
-    def group(self, inputs: Sequence[int]) -> Batch:
-        """The images of these inputs."""
-        engine = self.engine
-        prompts = tuple(engine.prompts[i % len(engine.prompts)] for i in inputs)
-        return Batch(0, prompts, tuple(engine.seed + i for i in inputs))
-
     @property
     def smooth(self) -> bool:
         """See `fit_run.Runner`."""
@@ -96,7 +90,7 @@ class Piped:
         scheduler.own_noise = begin is None
         state = None if begin is None else torch.from_numpy(np.ascontiguousarray(begin))
         with suppress(_Enough):
-            self.engine.run(self.group(inputs), scheduler, len(nodes) - 1, state)
+            self.engine.run(self.engine.group(inputs), scheduler, len(nodes) - 1, state)
 
     def shape(self) -> tuple[int, ...]:
         """Of one input's state, by a run that is left at its first call."""
@@ -141,7 +135,7 @@ class Piped:
             if ramp:
                 self.engine.call = {**call, "sigmas": np.linspace(1.0, 1.0 / steps, steps).tolist()}
             for start in range(0, len(inputs), self.batch):
-                self.engine.run(self.group(inputs[start : start + self.batch]), scheduler, steps)
+                self.engine.run(self.engine.group(inputs[start : start + self.batch]), scheduler, steps)
                 scheduler.step = step  # the engine's counter takes the instance's attribute away when it is done
                 found.append(last[0].float().cpu().numpy())
         finally:

@@ -197,13 +197,25 @@ def student(
         features = [x / scale(nodes[i]), *past]
         if not seen(i, features):
             return None
-        u = sum(np.asarray(c, f.dtype) * f for c, f in zip(w[i], features, strict=False))
+        u = applied(w[i], features)
         result[:] = [u]
         return u * scale(nodes[i + 1])
 
     start = None if state is None else state * scale(nodes[first])
     runner.run(inputs, Nodes(nodes[first:], nodes.path), step, begin=start)
     return result[0] if len(result) and len(past) else None
+
+
+def applied(row: np.ndarray, features: Sequence[np.ndarray]) -> np.ndarray:
+    """What a row makes of its features; coefficients without a feature are left out."""
+    return np.asarray(sum(np.asarray(c, f.dtype) * f for c, f in zip(row, features, strict=False)))
+
+
+def images_of(runner: Runner, inputs: Sequence[int], nodes: Nodes, w: np.ndarray) -> np.ndarray:
+    """`student` of any number of inputs."""
+    found = [student(runner, group, nodes, w) for group in batches(inputs, runner.batch)]
+    assert all(made is not None for made in found)
+    return np.concatenate(found)  # type: ignore[arg-type]
 
 
 def fit_rows(

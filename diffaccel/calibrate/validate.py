@@ -15,7 +15,7 @@ from diffusers.utils import logging
 
 from ..compare import stock
 from ..errors import DiffaccelError, OptionError
-from .engine import Batch, Engine
+from .engine import Batch, Engine, joined
 
 DRAWS = 2000
 FEWEST = 8  # images of an interval
@@ -118,7 +118,7 @@ def ends(
     def work(batch: Batch) -> dict[str, np.ndarray]:
         return {"z": engine.run(batch, make(), steps, **call).detach().double().cpu().numpy()}
 
-    return engine.accumulate(name, batches, work, _joined, gather=False)["z"]
+    return engine.accumulate(name, batches, work, joined, gather=False)["z"]
 
 
 def run_errors(
@@ -142,11 +142,7 @@ def run_errors(
         states = engine.run(batch, make(), steps, **call).detach().double().cpu().numpy()
         return {"e": errors(states, teacher[mine[batch.index]])}
 
-    return engine.accumulate(name, batches, work, _joined, gather=False)["e"]
-
-
-def _joined(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {key: np.concatenate([a[key], b[key]]) for key in a}
+    return engine.accumulate(name, batches, work, joined, gather=False)["e"]
 
 
 def over_processes(engine: Engine, name: str, values: np.ndarray) -> np.ndarray:

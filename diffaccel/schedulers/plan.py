@@ -32,27 +32,27 @@ def plan(
     settings: Mapping[str, Any],
     sampler: Sampler,
     options: dict[str, Any],
-    calls: int | None,
+    calls: int,
     device: Any,
     sigmas: Sequence[float] | None,
     timesteps: Sequence[float] | None,
     mu: float | None,
 ) -> Run:
-    """A new run; the arguments are those of `TableScheduler.set_timesteps`."""
-    calls = calls_of(calls, sigmas, timesteps)
+    """A new run; the arguments are those of `TableScheduler.set_timesteps`, `calls` that of `calls_of`."""
     dynamic = settings["path"] == "flow" and settings["use_dynamic_shifting"]
     if dynamic and mu is None:
         raise OptionError(MU)
     path = path_of(settings, mu=mu if dynamic else None)
     grid, grid_options, final = grid_of(settings)
     n = sampler.intervals_of(calls, **options)
+    traced: int | None = calls
     if timesteps is None and (sigmas is None or _is_default_ramp(path, sigmas)):
         nodes = grid_nodes(path, n, grid, final=final, **grid_options)
     else:
         refuse_nodes(sampler, options, "sigmas" if timesteps is None else "timesteps")
         nodes = _given(path, min(n, calls), calls, sigmas, timesteps, final)
-        calls = calls if n <= calls else None  # a sampler that skips: these are its nodes, it calls fewer
-    return run_on(nodes, sampler, options, calls, device)
+        traced = calls if n <= calls else None  # a sampler that skips: these are its nodes, it calls fewer
+    return run_on(nodes, sampler, options, traced, device)
 
 
 def run_on(nodes: Nodes, sampler: Sampler, options: dict[str, Any], calls: int | None, device: Any) -> Run:

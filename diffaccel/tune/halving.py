@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..calibrate.validate import finite
 from ..errors import OptionError
 
 # errors of a candidate on images first..stop - 1, (stop - first,); not finite where a run failed
@@ -66,8 +67,7 @@ def score(errors: np.ndarray) -> float:
 
     A run that failed or diverged counts as 1e30.
     """
-    e = np.nan_to_num(np.asarray(errors, np.float64), nan=1e30, posinf=1e30)
-    return float(np.exp(np.log(np.clip(e, 1e-30, 1e30)).mean()))
+    return float(np.exp(np.log(np.clip(finite(errors), 1e-30, 1e30)).mean()))
 
 
 @dataclass(frozen=True)

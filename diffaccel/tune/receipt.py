@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..calibrate.fit_guard import paired
+from ..calibrate.validate import finite
 from ..pipelines.recipe import Choice
 from .halving import Search, evaluations, score
 
@@ -21,7 +22,7 @@ def _short(value: float) -> float:
 
 def summary(name: str, errors: np.ndarray) -> dict[str, Any]:
     """Errors of one setting on the held-out images."""
-    e = np.nan_to_num(errors, nan=1e30, posinf=1e30)
+    e = finite(errors)
     with np.errstate(over="ignore"):
         rmse = float(np.sqrt(np.mean(e**2)))
     numbers = {"geometric mean": score(e), "median": float(np.median(e)), "rmse": rmse, "worst": float(e.max())}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from spectral_mixture import mixture
 
 from diffaccel import calibrate
 from diffaccel.artifact import Artifact
@@ -24,18 +25,11 @@ from diffaccel.errors import ArtifactError, OptionError
 from diffaccel.samplers.fitted import Tables
 from diffaccel.schedulers import FittedScheduler, TableScheduler
 from diffaccel.testing import pipelines
-from diffaccel.testing.problems import Gaussian, Mixture
+from diffaccel.testing.problems import Gaussian
 
 pytestmark = pytest.mark.filterwarnings("ignore::diffaccel.errors.ArtifactWarning")
 PROMPTS = ["a red fox", "a blue car", "two boats", "a hat", "snow", "a tree", "an owl", "the sea"]
 SMALL: dict[str, Any] = {"samples": 4, "holdout": 4, "teacher_steps": 24, "rounds": 2, "rivals": None}
-
-
-def mixture() -> Mixture:
-    rng = np.random.default_rng(0)
-    spectrum = np.arange(1, 65) ** -0.5
-    means = 0.8 * spectrum * rng.standard_normal((8, 64))
-    return Mixture(np.full(8, 1 / 8), means, 0.15 * spectrum * (0.5 + rng.random((8, 64))))
 
 
 def reading_t(problem: Any, path: Path) -> Any:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from scipy.integrate import quad
+from spectral_mixture import mixture
 
 from diffaccel import calibrate, models
 from diffaccel.artifact import Artifact
@@ -25,7 +26,7 @@ from diffaccel.core.path import Nodes, Path
 from diffaccel.errors import ArtifactError, OptionError
 from diffaccel.schedulers import TableScheduler
 from diffaccel.testing import pipelines
-from diffaccel.testing.problems import Gaussian, Mixture, four_modes
+from diffaccel.testing.problems import Gaussian, four_modes
 
 pytestmark = pytest.mark.filterwarnings("ignore::diffaccel.errors.ArtifactWarning")
 PROMPTS = ["a red fox", "a blue car", "two boats", "a hat", "snow", "a tree", "an owl", "the sea"]
@@ -148,13 +149,6 @@ def test_the_sde_has_the_law_of_the_data() -> None:
 
 
 # ---------------------------------------------------------------------- functions
-def mixture() -> Mixture:
-    rng = np.random.default_rng(0)
-    spectrum = np.arange(1, 65) ** -0.5
-    means = 0.8 * spectrum * rng.standard_normal((8, 64))
-    return Mixture(np.full(8, 1 / 8), means, 0.15 * spectrum * (0.5 + rng.random((8, 64))))
-
-
 def test_the_bound_falls_on_images_that_it_was_not_found_on() -> None:
     path = Path.vp_linear()
     noise = np.random.default_rng(1).standard_normal((48, 64))

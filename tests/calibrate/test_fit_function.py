@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from spectral_mixture import mixture
 
 from diffaccel import calibrate
 from diffaccel.artifact import Artifact
@@ -17,18 +18,9 @@ from diffaccel.calibrate.grid import descend
 from diffaccel.core.path import Nodes, Path
 from diffaccel.errors import OptionError
 from diffaccel.samplers.fitted import Tables
-from diffaccel.testing.problems import Mixture
 
 pytestmark = pytest.mark.filterwarnings("ignore::diffaccel.errors.ArtifactWarning")
 SMALL: dict[str, Any] = {"samples": 4, "holdout": 4, "teacher_steps": 24, "grids": "dp2", "moves": 0, "channels": False}
-
-
-def mixture() -> Mixture:
-    """64 dimensions with a decaying spectrum, 8 components."""
-    rng = np.random.default_rng(0)
-    spectrum = np.arange(1, 65) ** -0.5
-    means = 0.8 * spectrum * rng.standard_normal((8, 64))
-    return Mixture(np.full(8, 1 / 8), means, 0.15 * spectrum * (0.5 + rng.random((8, 64))))
 
 
 def fitted_mixture(calls: int | tuple[int, ...], held: int = 96, **options: Any) -> Artifact:

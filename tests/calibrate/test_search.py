@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from spectral_mixture import mixture
 
 from diffaccel import calibrate
 from diffaccel.artifact import Artifact
@@ -26,24 +27,16 @@ from diffaccel.samplers.registry import get
 from diffaccel.samplers.usf import Choice, Seen, advanced, correction
 from diffaccel.schedulers import DCSolverScheduler, FittedScheduler, TableScheduler
 from diffaccel.testing import pipelines
-from diffaccel.testing.problems import Mixture
 
 pytestmark = pytest.mark.filterwarnings("ignore::diffaccel.errors.ArtifactWarning")
 PROMPTS = ["a red fox", "a blue car", "two boats", "a hat", "snow", "a tree", "an owl", "the sea"]
 SMALL: dict[str, Any] = {"samples": 4, "holdout": 4, "teacher_steps": 24, "trials": 3, "beam_width": 1, "rivals": None}
 
 
-def mixture(d: int = 16) -> Mixture:
-    rng = np.random.default_rng(0)
-    spectrum = np.arange(1, d + 1) ** -0.5
-    means = 0.8 * spectrum * rng.standard_normal((8, d))
-    return Mixture(np.full(8, 1 / 8), means, 0.15 * spectrum * (0.5 + rng.random((8, d))))
-
-
 def taught(path: Path, steps: int, samples: int = 8) -> Fitting:
     noise = np.random.default_rng(1).standard_normal((samples + 32, 16))
     plan = Plan((1,), samples, 32, steps, rivals="none")
-    made = Fitting(Functional(mixture().denoise, path, noise), plan)
+    made = Fitting(Functional(mixture(16).denoise, path, noise), plan)
     made.learn()
     return made
 
@@ -62,7 +55,7 @@ def test_residuals_equal_those_of_the_rows_on_the_states(path: Path) -> None:
 
     def seen(k: int, x: np.ndarray | None = None) -> Seen:
         true = state(k) * scale(nodes[k])
-        return Seen(nodes[k], mixture().denoise(true, nodes[k]), true if x is None else x)
+        return Seen(nodes[k], mixture(16).denoise(true, nodes[k]), true if x is None else x)
 
     rng = np.random.default_rng(0)
     for choice in kinds():
@@ -160,7 +153,7 @@ def test_no_benefit_is_said_where_nothing_can_be_gained() -> None:
     """One call: its only row is the x0-prediction, whatever is searched."""
     noise = np.random.default_rng(1).standard_normal((24, 16))
     path = Path.flow()
-    found = calibrate.search_function(mixture().denoise, path, noise, 1, samples=8, teacher_steps=24, trials=2)
+    found = calibrate.search_function(mixture(16).denoise, path, noise, 1, samples=8, teacher_steps=24, trials=2)
     report = found.receipt["1 calls"]
     assert report["verdict"].startswith("analytic: no benefit found") and "[1.000, 1.000]" in report["verdict"]
     nodes = Nodes(Tables.of(found).rows(1).nodes(path.end), path)
@@ -172,7 +165,7 @@ def test_the_artifacts_table_is_the_samplers_own() -> None:
     noise = np.random.default_rng(1).standard_normal((24, 16))
     path = Path.vp_linear()
     found = calibrate.search_function(
-        mixture().denoise, path, noise, 6, samples=8, teacher_steps=40, trials=10, spaces=("eps", "v"), order=2
+        mixture(16).denoise, path, noise, 6, samples=8, teacher_steps=40, trials=10, spaces=("eps", "v"), order=2
     )
     listed = [{k: v for k, v in row.items() if k != "t"} for row in found.receipt["6 calls"]["rows"]]
     tables = Tables.of(found)
@@ -184,7 +177,7 @@ def test_the_artifacts_table_is_the_samplers_own() -> None:
             begin_at(t, nodes, k, get(name), get(name).options(given))
             for t, name, given in ((table, "fitted", {"tables": tables}), (plain, "usf", {"rows": listed}))
         )
-        assert a.apply(x, mixture().predict) == pytest.approx(b.apply(x, mixture().predict), abs=1e-9)
+        assert a.apply(x, mixture(16).predict) == pytest.approx(b.apply(x, mixture(16).predict), abs=1e-9)
 
 
 def test_start_rows_of_mixed_rows() -> None:
@@ -212,7 +205,7 @@ def test_start_rows_of_mixed_rows() -> None:
 def test_numbers_out_of_range(options: dict[str, Any], message: str) -> None:
     noise = np.random.default_rng(0).standard_normal((12, 16))
     with pytest.raises(OptionError, match=message):
-        calibrate.search_function(mixture().denoise, Path.flow(), noise, **{"samples": 4, "calls": 4, **options})
+        calibrate.search_function(mixture(16).denoise, Path.flow(), noise, **{"samples": 4, "calls": 4, **options})
 
 
 # ---------------------------------------------------------------------- pipelines
