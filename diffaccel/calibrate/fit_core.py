@@ -14,12 +14,13 @@ from ..core.path import Nodes
 from ..errors import OptionError, one_of
 from .fit_guard import Errors, judge, relative, report_of
 from .fit_rows import Gram, spread
-from .fit_run import Memo, Runner, Teacher, Tensors, analytic, batches, fit_once, fit_rows, start_rows, student, teach
+from .fit_run import Memo, Runner, Teacher, Tensors, analytic, batches, fit_once, fit_rows, images_of, start_rows, teach
 from .grid import AUTO, GRIDS, choose, descend, teacher_nodes
 from .refine import Refiner, round_cost
 
 Tables = dict[str, tuple[Nodes, np.ndarray]]  # by name: nodes and normalised rows
 RIVALS = ("usual", "all", "none")
+ORDERS = 8  # at most
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Plan:
         samples: inputs S that rows are fitted to (8 are enough, 4 work).
         holdout: inputs that only judge, and are reported.
         teacher_steps: K; the teacher makes K + 1 calls an input.
-        order: predictions that a row combines, 1 to 4.
+        order: predictions that a row combines, 1 to 8; more than 4 help from 10 calls on, if at all.
         ridge: relative weight of the pull to the analytic rows.
         grids: candidates; the best by cross-validation is taken.
         moves: how many changes of its nodes are then tried, and kept if cross-validation finds them
@@ -66,8 +67,8 @@ class Plan:
                 f"{max(self.calls)} calls against a teacher of {self.teacher_steps} steps: nothing to gain; take fewer "
                 "calls or more teacher_steps"
             )
-        if self.order not in (1, 2, 3, 4) or not self.ridge >= 0:
-            raise OptionError(f"order must be 1 to 4 and ridge 0 or more, got {self.order!r} and {self.ridge!r}")
+        if self.order not in range(1, ORDERS + 1) or not self.ridge >= 0:
+            raise OptionError(f"order must be 1 to {ORDERS} and ridge 0 or more, got {self.order!r} and {self.ridge!r}")
         if not self.grids:
             raise OptionError(f"grids must name one or more of {', '.join(GRIDS)}")
         for name in self.grids:
@@ -96,7 +97,8 @@ class Plan:
             for part in (half, s - half) if trials > 1 else ():
                 total += trials * (_row_calls(n, part, batch) + n * part)
             total += n * s * (moves + 1) if once and moves else 0
-            total += _row_calls(n, s, batch) + n * s + n * self.holdout * (3 + rivals + 1)
+            total += _row_calls(n, s, batch) + n * self.holdout * (rivals + 1)
+            total += (1 + self.refine) * n * (s + 3 * self.holdout)  # judged, where the guard refuses all
             total += self.refine * s * round_cost(n, self.order, moves=not self.rounded)
         return total
 
@@ -240,20 +242,22 @@ class Fitting:
         if moves:
             chosen, report["moved nodes"] = self._moved(chosen, best, groups, moves)
         report["coefficients"] = "one for each channel" if groups else "one for all channels"
-        nodes, w = self._refined(calls, self.teacher.at(chosen), self._rows(self.inputs, chosen, groups), report)
-        return self._judged(calls, Fitted(nodes, w, spread(self._start(nodes, chosen), groups), report))
+        tables = self._refined(calls, self.teacher.at(chosen), self._rows(self.inputs, chosen, groups), report)
+        return self._judged(calls, tables, lambda nodes: spread(self._start(nodes, chosen), groups), report)
 
-    def _refined(self, calls: int, nodes: Nodes, w: np.ndarray, report: dict[str, Any]) -> tuple[Nodes, np.ndarray]:
-        """The table after as many rounds as cross-validation finds better; what they gained goes into the report."""
+    def _refined(
+        self, calls: int, nodes: Nodes, w: np.ndarray, report: dict[str, Any]
+    ) -> list[tuple[Nodes, np.ndarray]]:
+        """The table, and after as many rounds as cross-validation finds better; what they gained goes to the report."""
         if not self.plan.refine:
-            return nodes, w
+            return [(nodes, w)]
         if not self.runner.smooth:
             report["refined"] = "not at all: forward differences need a model in float32"
-            return nodes, w
+            return [(nodes, w)]
         refiner = Refiner(self.runner, self.teacher.images, moves=not self.plan.rounded)
-        nodes, w, rounds = refiner.rounds(self.plan.refine, self.inputs, nodes, w, self._under(f"refine/{calls}"))
+        tables, rounds = refiner.rounds(self.plan.refine, self.inputs, nodes, w, self._under(f"refine/{calls}"))
         report["refined"] = rounds
-        return nodes, w
+        return tables
 
     def _under(self, folder: str) -> Memo:
         return lambda name, compute: self.memo(f"{folder}/{name}", compute)
@@ -327,25 +331,30 @@ class Fitting:
         """Relative errors of a table's images."""
 
         def compute() -> Tensors:
-            parts = []
-            for group in batches(inputs, self.runner.batch):
-                made = student(self.runner, group, nodes, w)
-                assert made is not None
-                parts.append(relative(made, self._images(group)))
-            return {"e": np.concatenate(parts)}
+            return {"e": relative(images_of(self.runner, inputs, nodes, w), self._images(inputs))}
 
         return Errors(name, self.memo(f"errors/{name}", compute)["e"])
 
     # ------------------------------------------------------------------ guard
-    def _judged(self, calls: int, made: Fitted) -> Fitted:
+    def _judged(
+        self,
+        calls: int,
+        tables: Sequence[tuple[Nodes, np.ndarray]],
+        start: Callable[[Nodes], np.ndarray],
+        report: dict[str, Any],
+    ) -> Fitted:
+        """The most refined table that the guard accepts, else an analytic one."""
         order, name = self.plan.order, "DDIM" if self.plan.order == 1 else "DPM++ 2M"
-        tables = {f"{name} on the chosen nodes": (made.nodes, analytic(made.nodes, order))}
-        report, refused = self.judged("fitted", calls, made.nodes, made.w, tables | self.usual(calls, order))
-        if refused is None:
-            return Fitted(made.nodes, made.w, made.start, made.report | report)
-        nodes, w = (tables | self.usual(calls, order))[refused]
-        start = start_rows(self.teacher.gram, nodes, None, order, self.plan.ridge)
-        return Fitted(nodes, w, start, made.report | report)
+        for rounds, (nodes, w) in reversed(list(enumerate(tables))):
+            others = {f"{name} on the chosen nodes": (nodes, analytic(nodes, order))} | self.usual(calls, order)
+            found, instead = self.judged("fitted", calls, nodes, w, others, key=f"{calls}/{rounds}")
+            if instead is None:
+                return Fitted(nodes, w, start(nodes), report | found)
+            if rounds:
+                report.setdefault("refused", {})[f"after {rounds} rounds"] = found["verdict"]
+        assert instead is not None
+        nodes, w = others[instead]
+        return Fitted(nodes, w, start_rows(self.teacher.gram, nodes, None, order, self.plan.ridge), report | found)
 
     def usual(self, calls: int, order: int) -> Tables:
         """The analytic rows on the pipeline's own grid, where it has one."""
@@ -353,7 +362,7 @@ class Fitting:
         return {} if own is None else {f"{name} on the pipeline's grid": (own, analytic(own, order))}
 
     def judged(
-        self, what: str, calls: int, nodes: Nodes, w: np.ndarray, tables: Tables
+        self, what: str, calls: int, nodes: Nodes, w: np.ndarray, tables: Tables, key: str = ""
     ) -> tuple[dict[str, Any], str | None]:
         """Run rows on the held-out inputs beside baselines.
 
@@ -362,14 +371,16 @@ class Fitting:
             calls: budget.
             nodes, w: the rows.
             tables: analytic ones, by name; the pipeline's present scheduler is a baseline too.
+            key: names its pieces of work, where rows for these calls are judged more than once.
 
         Returns:
             (what the receipt says, None or the name of the table that stands in for the refused rows).
         """
-        calibration = self.errors(f"{calls}/calibration", nodes, w, self.inputs).rmse
-        mine = Errors(what, self.errors(f"{calls}/{what}", nodes, w, self.held).values)
+        key = key or str(calls)
+        calibration = self.errors(f"{key}/calibration", nodes, w, self.inputs).rmse
+        mine = Errors(what, self.errors(f"{key}/{what}", nodes, w, self.held).values)
         analytics = [
-            Errors(name, self.errors(f"{calls}/{name}", *table, self.held).values) for name, table in tables.items()
+            Errors(name, self.errors(f"{key}/{name}", *table, self.held).values) for name, table in tables.items()
         ]
         others = self.rivals(self.held, calls, self.teacher.images)
         found = judge(mine, [*analytics, *others[:1]], calibration)

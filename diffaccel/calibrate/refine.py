@@ -19,7 +19,7 @@ from ..core.node import Node
 from ..core.path import Nodes
 from .fit_guard import Errors, relative
 from .fit_rows import BLOCK
-from .fit_run import Memo, Runner, Tensors, batches, student
+from .fit_run import Memo, Runner, Tensors, applied, batches, images_of, student
 
 COEFFICIENT, LAM = 0.02, 0.06  # forward differences: wide, to see past the roughness of a trained network
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -104,13 +104,14 @@ class Refiner:
 
     def rounds(
         self, most: int, inputs: Sequence[int], nodes: Nodes, w: np.ndarray, memo: Memo
-    ) -> tuple[Nodes, np.ndarray, list[dict[str, Any]]]:
+    ) -> tuple[list[tuple[Nodes, np.ndarray]], list[dict[str, Any]]]:
         """Rounds until one is not better.
 
         Returns:
-            (nodes, w, what happened, for a receipt).
+            (the table (nodes, w) as it was and after each round that is kept; what happened, for a receipt).
         """
         told: list[dict[str, Any]] = []
+        tables = [(nodes, w)]
         for k in range(most):
 
             def compute(nodes: Nodes = nodes, w: np.ndarray = w) -> Tensors:
@@ -124,7 +125,8 @@ class Refiner:
             if not scores.better:
                 break
             nodes, w = Nodes([Node(*(float(v) for v in key)) for key in found["nodes"]], nodes.path), found["w"]
-        return nodes, w, told
+            tables.append((nodes, w))
+        return tables, told
 
     # ------------------------------------------------------------------ a round
     def round(self, inputs: Sequence[int], nodes: Nodes, w: np.ndarray) -> tuple[Nodes, np.ndarray, Scores]:
@@ -155,8 +157,7 @@ class Refiner:
 
     def errors(self, inputs: Sequence[int], nodes: Nodes, w: np.ndarray) -> np.ndarray:
         """Relative errors of the table's images."""
-        found = [relative(self._run(part, nodes, w), self._wanted(part)) for part in batches(inputs, self.runner.batch)]
-        return np.concatenate(found)
+        return relative(images_of(self.runner, inputs, nodes, w), self._wanted(inputs))
 
     def moved(self, nodes: Nodes, w: np.ndarray, step: np.ndarray) -> tuple[Nodes, np.ndarray]:
         """The table after a step; no node comes nearer to a neighbour than `CLOSEST` of their distance."""
@@ -191,7 +192,7 @@ class Refiner:
             if i + 1 == len(w):
                 columns.append(seen[i][j])
                 continue
-            state = _applied(w[i], seen[i]) + COEFFICIENT * seen[i][j]
+            state = applied(w[i], seen[i]) + COEFFICIENT * seen[i][j]
             changed = self._run(part, nodes, w, begin=(i + 1, state, seen[i][1:]))
             columns.append((changed - image) / COEFFICIENT)
         for i in range(1, len(w)) if self.moves else ():
@@ -232,10 +233,6 @@ def _summed(columns: Sequence[np.ndarray], distance: np.ndarray) -> tuple[np.nda
 def _places(w: np.ndarray) -> list[tuple[int, int]]:
     """The coefficients of a table that features exist for."""
     return [(i, j) for i in range(len(w)) for j in range(min(w.shape[1], i + 2))]
-
-
-def _applied(row: np.ndarray, features: Sequence[np.ndarray]) -> np.ndarray:
-    return np.asarray(sum(np.asarray(c, f.dtype) * f for c, f in zip(row, features, strict=False)))
 
 
 def _at(nodes: Nodes, lams: Sequence[float] | np.ndarray) -> Nodes:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from spectral_mixture import mixture
 
 from diffaccel import calibrate
 from diffaccel.calibrate import refine
@@ -17,17 +18,9 @@ from diffaccel.calibrate.grid import choose
 from diffaccel.calibrate.refine import Refiner, Slopes, round_cost
 from diffaccel.core.path import Nodes, Path
 from diffaccel.errors import OptionError
-from diffaccel.testing.problems import Mixture
 
 pytestmark = pytest.mark.filterwarnings("ignore::diffaccel.errors.ArtifactWarning")
 PATHS = [Path.vp_linear(), Path.flow(shift=3.0), Path.edm(0.002, 80.0)]
-
-
-def mixture() -> Mixture:
-    """64 dimensions with a decaying spectrum, 8 components."""
-    rng = np.random.default_rng(0)
-    spectrum = np.arange(1, 65) ** -0.5
-    return Mixture(np.full(8, 1 / 8), 0.8 * spectrum * rng.standard_normal((8, 64)), np.tile(0.15 * spectrum, (8, 1)))
 
 
 def noise(n: int) -> np.ndarray:
@@ -144,6 +137,21 @@ def test_it_never_makes_a_table_much_worse() -> None:
         assert found[1] < 1.05 * found[0]
 
 
+def test_rounds_that_the_guard_refuses_are_taken_back() -> None:
+    """Two rounds throw an image of the held-out far away; the table after one is kept, not an analytic one."""
+    runner = Functional(mixture().denoise, PATHS[0], np.random.default_rng(5).standard_normal((72, 64)))
+    errors = []
+    for rounds in (0, 1, 2):
+        made = Fitting(runner, Plan((5,), 8, 64, 40, grids=("dp2",), moves=0, refine=rounds, rivals="none"))
+        made.learn()
+        fitted = made.fit(5)
+        errors.append(made.errors("", fitted.nodes, fitted.w, made.held).geometric)
+    assert fitted.report["verdict"] == "fitted" and errors[2] == errors[1] < errors[0]
+    [(rounds_of, why)] = fitted.report["refused"].items()
+    assert rounds_of == "after 2 rounds" and why.startswith("analytic: its root mean square error is")
+    assert [r["kept"] for r in fitted.report["refined"]] == [True, True]
+
+
 @pytest.mark.parametrize("worse", [1.0, np.inf])
 def test_a_round_that_does_not_help_changes_nothing(worse: float) -> None:
     """What the others say decides, not what the step promises."""
@@ -155,7 +163,8 @@ def test_a_round_that_does_not_help_changes_nothing(worse: float) -> None:
     made, nodes, w = learned(PATHS[0])
     kept: dict[str, Tensors] = {}
     refiner = Judge(made.runner, made.teacher.images)
-    there, v, told = refiner.rounds(3, made.inputs, nodes, w, lambda name, compute: kept.setdefault(name, compute()))
+    tables, told = refiner.rounds(3, made.inputs, nodes, w, lambda name, compute: kept.setdefault(name, compute()))
+    [(there, v)] = tables
     assert there is nodes and v is w and list(kept) == ["0"]
     assert [t["kept"] for t in told] == [False]
 
