@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffaccel import compare
+from diffaccel import compare, models
 from diffaccel.errors import OptionError
 from diffaccel.testing import pipelines
 
@@ -63,6 +63,14 @@ def test_the_same_setting_has_no_error_and_a_shorter_run_has_one(setup):
     assert compare.errors(short, long).item() > 1e-3
     nan = compare.Outcome(torch.full_like(long.latents, float("nan")), 30, 0.0)
     assert compare.errors(nan, long).item() == float("inf")
+
+
+def test_the_teacher_is_converged():
+    pipe = models.load("tiny-sd")
+    pipe.set_progress_bar_config(disable=True)
+    job = compare.job_for(pipe, "tiny-sd", 2, 5)
+    limit = compare.run(pipe, compare.ours("dpmpp", "uniform_lambda", order=2), 200, job)
+    assert compare.errors(compare.run(pipe, compare.teacher(pipe.scheduler.config), 100, job), limit).max() < 3e-3
 
 
 def test_flow_models_have_rivals_of_their_own():

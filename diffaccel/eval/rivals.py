@@ -109,11 +109,11 @@ def rivals(scheduler: Any, takes_sigmas: bool, stock: bool | Sequence[str]) -> t
 
 
 def teacher(scheduler: Any) -> Setting:
-    """diffusers' second-order solver, to be run at many calls."""
+    """diffusers' second-order solver, to be run at many calls; on a Karras grid, where it converges fastest."""
     config = scheduler.config
     try:
         made = _flow(config)["DPM++ 2M"]() if is_flow(config) else diffusers.DPMSolverMultistepScheduler.from_config(
-            config, solver_order=2, timestep_spacing="linspace", final_sigmas_type="zero"
+            config, solver_order=2, use_karras_sigmas=True, final_sigmas_type="zero"
         )  # fmt: skip
     except Exception as error:
         text = str(error).splitlines()[0]
