@@ -26,7 +26,7 @@ from diffaccel.eval.verdicts import number, summaries
 OURS = {
     "tiny-sd": "deis:order=2:grid=karras:grid_options={'rho': 4.0}",
     "tiny-flow": "ipndm:order=2:grid=mid:grid_options={'w': 0.3}",
-    "tiny-pixel": "deis:order=2:grid=karras:grid_options={'rho': 4.0}",
+    "tiny-pixel": "unipc:order=2:grid=uniform_lambda",
 }
 STOCK = {
     "tiny-sd": ("own,DPM++ 2M", "DEISMultistepScheduler:use_karras_sigmas=true"),
