@@ -33,7 +33,8 @@ from diffaccel.compare import Candidate, Job
 CALLS = (5, 6, 8, 10, 12)
 SEEDS = (300, 400)
 FIT_SEED = 50_000
-TEACHER_CALLS = 101
+TEACHER_STEPS = 100  # of the fit
+TEACHER_CALLS = 401  # of the judge
 SCREENED, FINALISTS = 4, 2  # images of the first seed on which all stock settings run; how many then run on all images
 BARS = {  # ratios to the best stock setting: median, RMSE; share of images improved
     5: (0.5, 0.8, 0.0), 6: (0.42, 0.8, 0.9), 8: (0.4, 0.6, 0.9), 10: (0.35, 0.6, 0.9), 12: (0.35, 0.6, 0.9),
@@ -83,10 +84,8 @@ def budget(
     }
 
 
-def setting(
-    name: str, guidance: float, images: int, folder: Path, samples: int, moves: int, refine: int
-) -> dict[str, Any]:
-    """One model at one guidance scale."""
+def setting(name: str, guidance: float, images: int, folder: Path, samples: int, **how: int) -> dict[str, Any]:
+    """One model at one guidance scale; `how`: of the fit."""
     pipe = models.load(name)
     pipe.set_progress_bar_config(disable=True)
     config = pipe.scheduler.config
@@ -95,7 +94,7 @@ def setting(
     used = {prompt for job in jobs for prompt in job.inputs["prompt"]}
     prompts = [p for p in dict.fromkeys(models.prompts(2000, FIT_SEED)) if p not in used][: samples + 8]
     options = {"height": 32, "width": 32, "seed": FIT_SEED, "guidance": guidance, "samples": samples, "batch": samples}
-    options |= {"grids": ("dp2", "gits"), "moves": moves, "refine": refine, "teacher_steps": TEACHER_CALLS - 1}
+    options |= {"grids": ("dp2", "gits"), "teacher_steps": TEACHER_STEPS, **how}
     options |= {
         "holdout": 8,
         "rivals": "none",
@@ -108,7 +107,7 @@ def setting(
     targets = [compare.run(pipe, teacher, TEACHER_CALLS, job) for job in jobs]
     small = few(jobs[0], SCREENED)
     target = compare.Outcome(targets[0].latents[:SCREENED], TEACHER_CALLS, 0.0)
-    other = compare.run(pipe, compare.teacher(config), 4 * TEACHER_CALLS, small)
+    other = compare.run(pipe, compare.teacher(config), TEACHER_CALLS, small)
     report: dict[str, Any] = {
         "cost": artifact.meta["cost"], "receipt": artifact.meta["receipt"], "budgets": {},
         "teacher_gap": float(compare.errors(other, target).median()),
@@ -186,11 +185,11 @@ def page(results: dict[str, Any], args: argparse.Namespace) -> str:
         f"Measured by `python benchmarks/bench_fitted.py` with diffusers {diffusers.__version__}, torch "
         f"{torch.__version__}. Error: relative distance of an image's final latents to a teacher's (DPM-Solver++ 2M, "
         f"{TEACHER_CALLS} calls, uniform in lam) from the same noise, on {args.images} images of each of {len(SEEDS)} "
-        f"seeds; noise and prompts unseen by the fit, which had {args.samples} inputs, {args.moves} moves and "
-        f"{args.refine} rounds of refinement. Best stock: of every deterministic scheduler of diffusers on all its "
-        f"grids, screened on {SCREENED} of the images, the best {FINALISTS} run on all and picked by median (RMSE: the "
-        "lower of them), which favours it. Intervals: 95 %, paired bootstrap over images. In brackets beside a ratio: "
-        "its interval. `met`: the project's bar for that number of calls.",
+        f"seeds; noise and prompts unseen by the fit, which had {args.samples} inputs, rows of order {args.order}, "
+        f"{args.moves} moves and at most {args.refine} rounds of refinement. Best stock: of every deterministic "
+        f"scheduler of diffusers on all its grids, screened on {SCREENED} of the images, the best {FINALISTS} run on "
+        "all and picked by median (RMSE: the lower of them), which favours it. Intervals: 95 %, paired bootstrap over "
+        "images. In brackets beside a ratio: its interval. `met`: the project's bar for that number of calls.",
         "",
     ]
     for key, report in results.items():
@@ -200,7 +199,7 @@ def page(results: dict[str, Any], args: argparse.Namespace) -> str:
             "",
             f"One fit of all budgets took {cost['calls']} model calls and {cost['seconds']:.0f} s on one CPU thread "
             f"of a shared machine. The teacher lies {report['teacher_gap']:.1e} (median) from diffusers' own DPM++ 2M "
-            f"at {4 * TEACHER_CALLS} calls.",
+            f"(Karras, or its flow form) at {TEACHER_CALLS} calls.",
             "",
             "| calls | best stock | median stock, fitted | ratio | RMSE stock, fitted | ratio | images improved | "
             "worst stock, fitted |",
@@ -246,7 +245,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=48, help="of each of two seeds")
     parser.add_argument("--samples", type=int, default=48, help="inputs of the fit")
     parser.add_argument("--moves", type=int, default=8)
-    parser.add_argument("--refine", type=int, default=2)
+    parser.add_argument("--refine", type=int, default=6, help="rounds at most")
+    parser.add_argument("--order", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--work", type=Path, default=Path("fitted-artifacts"), help="for artifacts and partial fits")
     parser.add_argument("--transfer", action="store_true", help="the artifacts under other conditions")
@@ -259,13 +259,13 @@ def main() -> None:
         (args.out / "fitted_transfer.json").write_text(json.dumps({"calls": TRANSFER_CALLS, "results": moved}) + "\n")
         (args.out / "fitted_transfer.md").write_text(transfer_page(moved, args.guidance[0], args.images))
         return
+    how = {"moves": args.moves, "refine": args.refine, "order": args.order}
     for guidance in args.guidance:
         for name in args.models:
             key = f"{name} {guidance:g}"
             if key not in results:
-                results[key] = setting(name, guidance, args.images, args.work, args.samples, args.moves, args.refine)
-            how = {"samples": args.samples, "moves": args.moves, "refine": args.refine}
-            text = {"images": args.images, "seeds": SEEDS, **how, "results": results}
+                results[key] = setting(name, guidance, args.images, args.work, args.samples, **how)
+            text = {"images": args.images, "seeds": SEEDS, "samples": args.samples, **how, "results": results}
             args.out.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(text) + "\n")
             (args.out / "fitted.md").write_text(page(results, args))
