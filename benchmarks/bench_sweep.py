@@ -22,7 +22,7 @@ from diffaccel.eval.page import cell_values
 from diffaccel.eval.report_run import Report, report
 from diffaccel.eval.verdicts import number, summaries
 
-# One of ours for all budgets (what `diffaccel demo` uses at 8 calls), and stock ones that are strong on this model.
+# One of ours for all budgets, chosen by bench_error.py, and stock ones that are strong on this model.
 OURS = {
     "tiny-sd": "deis:order=2:grid=karras:grid_options={'rho': 4.0}",
     "tiny-flow": "ipndm:order=2:grid=mid:grid_options={'w': 0.3}",
