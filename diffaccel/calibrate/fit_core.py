@@ -351,7 +351,7 @@ class Fitting:
             if instead is None:
                 return Fitted(nodes, w, start(nodes), report | found)
             if rounds:
-                report.setdefault("refused", {})[f"after {rounds} rounds"] = found["verdict"]
+                report.setdefault("refused", {})[f"round {rounds}"] = found["verdict"].removeprefix("analytic: ")
         assert instead is not None
         nodes, w = others[instead]
         return Fitted(nodes, w, start_rows(self.teacher.gram, nodes, None, order, self.plan.ridge), report | found)

@@ -148,7 +148,7 @@ def test_rounds_that_the_guard_refuses_are_taken_back() -> None:
         errors.append(made.errors("", fitted.nodes, fitted.w, made.held).geometric)
     assert fitted.report["verdict"] == "fitted" and errors[2] == errors[1] < errors[0]
     [(rounds_of, why)] = fitted.report["refused"].items()
-    assert rounds_of == "after 2 rounds" and why.startswith("analytic: its root mean square error is")
+    assert rounds_of == "round 2" and why.startswith("its root mean square error is")
     assert [r["kept"] for r in fitted.report["refined"]] == [True, True]
 
 
