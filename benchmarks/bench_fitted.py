@@ -233,8 +233,8 @@ def page(results: dict[str, Any], args: argparse.Namespace) -> str:
         f"scheduler of diffusers on all its grids, screened on {SCREENED} of the images, the best {FINALISTS} run on "
         "all and picked by median (RMSE: the lower of them), which favours it. Intervals: 95 %, paired bootstrap over "
         "images. In brackets beside a ratio: its interval. `met`: the project's bar for that number of calls. Bound: "
-        "the median error of each image's own best combination of its noise and all predictions of the fitted run, found "
-        "with the teacher's image in hand; no coefficients for these calls can bring the images nearer.",
+        "the median error of each image's own best combination of its noise and all predictions of the fitted run, "
+        "found with the teacher's image in hand; no coefficients for these calls can bring the images nearer.",
         "",
     ]
     for key, report in results.items():
