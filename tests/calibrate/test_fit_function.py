@@ -138,7 +138,7 @@ def test_the_interval_of_paired_ratios_covers() -> None:
         ({"samples": 2}, "4 or more inputs"),
         ({"calls": 0}, "numbers of model calls"),
         ({"calls": 6, "teacher_steps": 20}, "nothing to gain"),
-        ({"order": 5}, "order must be 1 to 4"),
+        ({"order": 9}, "order must be 1 to 8"),
         ({"grids": "karas"}, "unknown grid 'karas'"),
         ({"moves": -1}, "moves must be"),
         ({"channels": "all"}, "channels must be"),
