@@ -316,7 +316,8 @@ def main() -> None:
             text = {"images": args.images, "seeds": SEEDS, "samples": args.samples, **how, "results": results}
             args.out.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(text) + "\n")
-            (args.out / "fitted.md").write_text(page(results, args))
+            whole = {key: found for key, found in results.items() if "bounds" in found}
+            (args.out / "fitted.md").write_text(page(whole, args))
 
 
 if __name__ == "__main__":
