@@ -77,7 +77,7 @@ class Attached:
         attach(model, hook, NAME)
         self._hooked.append((model, NAME))
         self._models.append(model)
-        model._diffusers_hook.invalidate_child_registries_cache()  # type: ignore[union-attr,operator]
+        _renew(model)
 
     def _put(self, module: torch.nn.Module, part: Part) -> None:
         attach(module, part, NAME)
@@ -169,7 +169,7 @@ class Attached:
             detach(*self._hooked.pop())
         for module in models:
             if hasattr(module, "_diffusers_hook"):
-                module._diffusers_hook.invalidate_child_registries_cache()  # type: ignore[union-attr,operator]
+                _renew(module)
         self._parts.clear()
         self._models.clear()
 
@@ -240,3 +240,10 @@ def _refuse_hook(name: str, hook_name: str, hook: Any) -> None:
             f"pipe.{name} has the hook {hook_name!r}, which remembers earlier calls (a cache of diffusers?); take it "
             f"off first (pipe.{name}.disable_cache())"
         )
+
+
+def _renew(model: Any) -> None:
+    """Make diffusers look for the hooks of a model's parts again (since 0.41 it remembers them)."""
+    renew = getattr(model._diffusers_hook, "invalidate_child_registries_cache", None)
+    if renew is not None:
+        renew()

@@ -34,7 +34,8 @@ class Streams:
         except ValueError:
             known = None
         if known is not None:
-            self.hidden, self.text = known.hidden_states_argument_name, known.encoder_hidden_states_argument_name
+            self.hidden = known.hidden_states_argument_name
+            self.text = getattr(known, "encoder_hidden_states_argument_name", self.text)  # since diffusers 0.41
             self.at, self.text_at = known.return_hidden_states_index, known.return_encoder_hidden_states_index
         if self.hidden not in arguments:
             self.hidden = arguments[0]

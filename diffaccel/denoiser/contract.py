@@ -198,7 +198,8 @@ class DenoiserHook(ModelHook):
         run = self.clock.read(old, arguments.get(TIME), stated, threading.get_ident())
         self._local.run = run
         opens = not run.branches
-        branch = str(len(run.branches)) if context is None else context.name
+        # before diffusers 0.41 a context is its name
+        branch = str(len(run.branches)) if context is None else getattr(context, "name", context)
         if context is not None and branch in run.branches:
             raise RunError(
                 f"the pipeline calls the model twice as {branch!r} in step {run.step}; a hook cannot tell the two apart"
