@@ -57,7 +57,7 @@ class _Context(StateManager):
         self.name: str | None = None
 
     def set_context(self, context: Any) -> None:
-        self.name = None if context is None else context.name
+        self.name = getattr(context, "name", context)  # before diffusers 0.41 a context is its name
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
         self.name = None
