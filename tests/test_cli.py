@@ -57,7 +57,7 @@ def test_a_reader_that_stops_early_is_no_error():
 def test_the_demo_reports_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "TEACHER_CALLS", 40)
     monkeypatch.setattr(demo, "STOCK_CALLS", 20)
-    kept = {"DDIM trailing", "DPM++-2 linspace zero", "PNDM leading"}
+    kept = {"DDIM trailing", "DPM++-2 karras", "PNDM leading"}
     every = demo.compare.stock
     monkeypatch.setattr(demo.compare, "stock", lambda config: [c for c in every(config) if c.name in kept])
     assert cli.main(["demo", "--images", "2", "--calls", "5", "--out", str(tmp_path)]) == 0
