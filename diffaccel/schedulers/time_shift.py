@@ -175,7 +175,7 @@ class Shifts:
     chosen: list[tuple[int, torch.Tensor]] = field(default_factory=list)  # (row, index of the candidate, (B,))
     aims: dict[int, Aim | None] = field(default_factory=dict)
     fed: torch.Tensor | None = None  # (B,) training steps that the model is to be fed next, mode "timestep"
-    starts: dict[int, torch.Tensor] = field(default_factory=dict)
+    starts: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
     def __call__(
         self, i: int, x: torch.Tensor, output: torch.Tensor, state: torch.Tensor, x0: torch.Tensor, draw: Any
@@ -284,7 +284,7 @@ class Shifts:
         row = self.rows[i]
         if self.fed is not None:
             before, k = self.chosen[-1]
-            a, b, u, w = _columns(self._from(before, row, x), k, x)
+            a, b, u, w = (column.index_select(0, k) for column in self._from(before, row, x))
             state, x0 = torch.addcmul(x * a, output, b), torch.addcmul(x * u, output, w)
         aim = self._aim(i, x)
         self.fed = None
@@ -304,8 +304,8 @@ class Shifts:
         bounds = self._exact(_edges(at), node) if exact else _edges(self._noise(at, node))
         return _made(bounds, at[:, None].astype(float), at, center, x)
 
-    def _from(self, before: int, row: Row, x: torch.Tensor) -> torch.Tensor:
-        """(W, 4): the DDIM step of `row` and its x0, from each candidate: coefficients of the state and the output."""
+    def _from(self, before: int, row: Row, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The DDIM step of `row` and its x0, from each candidate: coefficients of the state and the output."""
         if before not in self.starts:
             aim = self.aims[before]
             assert aim is not None
@@ -314,7 +314,7 @@ class Shifts:
                 node, t = Node(0.0, float(alpha), float(sigma)), row.next
                 (ue, we), (u0, w0) = pair(self.output, "eps", node), pair(self.output, "x0", node)
                 values.append((t.alpha * u0 + t.sigma * ue, t.alpha * w0 + t.sigma * we, u0, w0))
-            self.starts[before] = torch.tensor(values, dtype=x.dtype, device=x.device)
+            self.starts[before] = _columns(np.array(values), x)
         return self.starts[before]
 
     def copy(self) -> Shifts:
@@ -365,15 +365,15 @@ def _edges(values: np.ndarray) -> np.ndarray:
 
 def _made(bounds: np.ndarray, mix: np.ndarray, at: np.ndarray, center: float, x: torch.Tensor) -> Aim:
     middle = int(np.argmin(np.abs(at - center)))
-    edges, *columns = (torch.tensor(np.array(v), dtype=x.dtype, device=x.device) for v in (bounds, *mix.T))
-    return Aim(edges, tuple(_as_images(column, x) for column in columns), middle, at)
+    edges = torch.tensor(np.array(bounds), dtype=x.dtype, device=x.device)
+    return Aim(edges, _columns(mix, x), middle, at)
+
+
+def _columns(mix: np.ndarray, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Coefficients (W, columns) as tensors (W, 1, ...) for states like x."""
+    return tuple(_as_images(column, x) for column in torch.tensor(mix.T, dtype=x.dtype, device=x.device))
 
 
 def _as_images(column: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """(W, 1, ...) with the number of dimensions of x."""
     return column.view(-1, *(1,) * (x.ndim - 1))
-
-
-def _columns(mix: torch.Tensor, k: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Each image's coefficients, one tensor (B, 1, ...) a column."""
-    return mix[k].view(len(x), -1, *(1,) * (x.ndim - 1)).unbind(1)
