@@ -110,13 +110,6 @@ def bound(
     return found
 
 
-def bounds(
-    pipe: Any, artifact: Artifact, jobs: Sequence[Job], targets: Sequence[compare.Outcome]
-) -> dict[str, list[float]]:
-    """`bound` of every budget."""
-    return {str(calls): bound(pipe, artifact, calls, jobs, targets) for calls in CALLS}
-
-
 def setting(name: str, guidance: float, images: int, folder: Path, samples: int, **how: int) -> dict[str, Any]:
     """One model at one guidance scale; `how`: of the fit."""
     pipe = models.load(name)
@@ -150,18 +143,9 @@ def setting(name: str, guidance: float, images: int, folder: Path, samples: int,
         report["budgets"][str(calls)] = found
         line = summary(report["budgets"][str(calls)])
         print(f"  {calls}: median {line['median'][0]:.3f}, RMSE {line['rmse'][0]:.3f}", flush=True)
-    report["bounds"] = bounds(pipe, artifact, jobs, targets)
+    report["bounds"] = {str(calls): bound(pipe, artifact, calls, jobs, targets) for calls in CALLS}
     report["seconds"] = round(time.perf_counter() - start, 1)
     return report
-
-
-def bounds_of(name: str, guidance: float, images: int, folder: Path) -> dict[str, list[float]]:
-    """The bounds alone, of an artifact that was fitted earlier."""
-    pipe = models.load(name)
-    pipe.set_progress_bar_config(disable=True)
-    jobs = [compare.job_for(pipe, name, images, seed, guidance=guidance) for seed in SEEDS]
-    targets = [compare.run(pipe, compare.ours("dpmpp", "uniform_lambda", order=2), TEACHER_CALLS, job) for job in jobs]
-    return bounds(pipe, Artifact.load(folder / f"fitted-{name}-{guidance:g}.safetensors", "fit"), jobs, targets)
 
 
 TRANSFER_CALLS = 8
@@ -311,13 +295,10 @@ def main() -> None:
             key = f"{name} {guidance:g}"
             if key not in results:
                 results[key] = setting(name, guidance, args.images, args.work, args.samples, **how)
-            if "bounds" not in results[key]:
-                results[key]["bounds"] = bounds_of(name, guidance, args.images, args.work)
             text = {"images": args.images, "seeds": SEEDS, "samples": args.samples, **how, "results": results}
             args.out.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(text) + "\n")
-            whole = {key: found for key, found in results.items() if "bounds" in found}
-            (args.out / "fitted.md").write_text(page(whole, args))
+            (args.out / "fitted.md").write_text(page(results, args))
 
 
 if __name__ == "__main__":
