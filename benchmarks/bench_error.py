@@ -128,18 +128,19 @@ def markdown(full: dict[str, Any]) -> str:
     lines = [
         "# Error to a many-step teacher",
         "",
-        "Measured by `python benchmarks/bench_error.py`. Error: relative "
-        f"distance of an image's final latents to those of DPM-Solver++ 2M at {TEACHER_CALLS} calls, uniform in lam, "
-        "from the same noise; medians over images. Ours (sampler and grid) was chosen on other seeds; the best stock "
-        "setting was picked on the very images of the table, which favours it. Interval: paired bootstrap over images.",
+        f"Error: relative distance of an image's final latents to those of DPM-Solver++ 2M at {TEACHER_CALLS} calls, "
+        "uniform in lam, from the same noise; medians over images. Ours (sampler and grid) was chosen on other seeds; "
+        "the best stock setting was picked on the very images of the table, which favours it. Interval: paired "
+        "bootstrap over images.",
     ]
     for name, report in full["models"].items():
         lines += [
             "",
             f"## {name}",
             "",
-            f"{report['images']} images, guidance {report['guidance'] or 'none'}; {_stock_settings(report)} stock "
-            f"settings; {report['with']}. The teacher with half its calls is off by {report['gap_report']:.1e}.",
+            f"Measured by `python benchmarks/bench_error.py --models {name} --images {report['images']}` with "
+            f"{report['with']}; guidance {report['guidance'] or 'none'}; {_stock_settings(report)} stock settings. "
+            f"The teacher with half its calls is off by {report['gap_report']:.1e}.",
             "",
             "| calls | best stock | its error | ours | its error | ours / stock [95 %] | images improved |",
             "|---|---|---|---|---|---|---|",
@@ -204,8 +205,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for error_to_teacher.json and .md")
     args = parser.parse_args()
     diffusers.utils.logging.set_verbosity_error()
-    kept = args.out / "error_to_teacher.json" if args.out else None
-    found = json.loads(kept.read_text())["models"] if kept is not None and kept.exists() else {}
+    file = args.out / "error_to_teacher.json" if args.out else None
+    found = json.loads(file.read_text())["models"] if file is not None and file.exists() else {}
     for name in args.models:
         report = model_report(name, args.images, args.guidance, tuple(args.calls))
         report["summary"] = [summary(report, calls) for calls in args.calls]
@@ -214,9 +215,9 @@ def main() -> None:
     full = {"models": {name: found[name] for name in models.names() if name in found}}
     text = markdown(full)
     print(text)
-    if args.out:
+    if file is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "error_to_teacher.json").write_text(json.dumps(full))
+        file.write_text(json.dumps(full))
         (args.out / "error_to_teacher.md").write_text(text)
         (args.out.parent / "which_sampler.md").write_text(advice(full))
 
