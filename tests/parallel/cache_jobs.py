@@ -12,11 +12,21 @@ from ranks import fork, wait
 
 import diffaccel.calibrate.cache
 import diffaccel.painter  # noqa: F401 - so are torch, diffusers and transformers
+from diffaccel.calibrate.cache_runs import Runs
 from diffaccel.cli import main
 
 torch.set_num_threads(1)
 WORK = Path(sys.argv[1])
 SMALL = {"full": 4, "images": 2, "select": 4, "fit": 9, "held_out": 8, "thresholds": (0.1, 0.3), "progress": False}
+
+
+def timed(self: Runs, batch: object) -> float:
+    """The run is made, its time is not looked at: what is compared with a cache would depend on it."""
+    REAL(self, batch)
+    return 1.0
+
+
+REAL, Runs._timed = Runs._timed, timed
 
 
 def start(name: str, size: int, **changes: object) -> list[int]:
