@@ -191,9 +191,11 @@ class DistWorld(Context):
         tick: Callable[[], Any] | None = None,
     ) -> bytes:
         start = time.monotonic()
-        while not self._try(lambda: self._store.check([key])):
+        while not self._said(key):
             self.check()
-            if self._try(lambda: self._store.check([f"left/{source}"])):
+            if self._said(f"left/{source}"):
+                if self._said(key):  # its last word, between the two looks
+                    break
                 raise WorldError(f"rank {source} left before {what!r}, for which rank {self.rank} was waiting")
             waited, quiet, idle = time.monotonic() - start, *self._still(source, start)
             if quiet > self.timeout or waited > (timeout or math.inf):
@@ -209,6 +211,9 @@ class DistWorld(Context):
                 tick()
             time.sleep(LOOK)
         return bytes(self._try(lambda: self._store.get(key)))
+
+    def _said(self, key: str) -> bool:
+        return bool(self._try(lambda: self._store.check([key])))
 
     def _still(self, rank: int, start: float) -> tuple[float, float]:
         """Seconds since a rank's heartbeat and since its work last moved; since `start` if they never did."""

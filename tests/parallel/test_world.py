@@ -13,7 +13,7 @@ from jobs import outcome
 from diffaccel.errors import OptionError
 from diffaccel.parallel.agree import differences, same_on_all
 from diffaccel.parallel.launch import first_host, slurm_environment
-from diffaccel.parallel.world import SoloWorld, WorldError
+from diffaccel.parallel.world import DistWorld, SoloWorld, WorldError
 from diffaccel.parallel.world_emulated import EmulatedWorld
 
 HERE = Path(__file__).parent
@@ -131,3 +131,39 @@ def test_emulated_ranks_speak_with_one_voice_outside_of_a_run():
             assert world.run(lambda rank: torch.is_grad_enabled()) == [False] * 3
     with pytest.raises(OptionError, match="1 rank or more"):
         EmulatedWorld(0)
+
+
+class Between:
+    """A store in which rank 1, when first looked for, has said nothing; then says `word` (or nothing) and leaves."""
+
+    def __init__(self, word: bytes | None) -> None:
+        self.store, self.word, self.looked = torch.distributed.HashStore(), word, False
+
+    def check(self, keys: list[str]) -> bool:
+        if keys != ["0/last/1"] or self.looked:
+            return self.store.check(keys)
+        self.looked = True
+        if self.word is not None:
+            self.store.set("0/last/1", self.word)
+        self.store.set("left/1", "")
+        return False
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.store, name)
+
+
+def rank_0(store: Between) -> DistWorld:
+    return DistWorld(0, 2, torch.device("cpu"), lambda: store)
+
+
+def test_a_last_word_is_heard_though_its_rank_has_left():
+    world = rank_0(Between(b"bye"))
+    assert world.gather("last", b"hello") == [b"hello", b"bye"]
+    world.close()
+
+
+def test_a_rank_that_left_without_a_word_is_named():
+    world = rank_0(Between(None))
+    with pytest.raises(WorldError, match="rank 1 left before 'last', for which rank 0 was waiting"):
+        world.gather("last", b"hello")
+    world.close()
