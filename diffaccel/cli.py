@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     certify = commands.add_parser("certify", help="certificate of a sampler: measured order, memory, exactness")
     certify.add_argument("sampler", help="a registered name, or module:function of a loop")
     certify.add_argument("options", nargs="*", metavar="key=value", help="options of the sampler")
+    certify.add_argument("--cases", type=int, default=0, help="also so many runs drawn at random (default 0)")
     certify.set_defaults(run=_certify)
     add_generate(commands)
     add_calibrate(commands)
@@ -76,4 +77,4 @@ def _samplers() -> int:
 def _certify(args: argparse.Namespace) -> int:
     from .testing.certify import main as certificate
 
-    return int(certificate([args.sampler, *args.options]))
+    return int(certificate([args.sampler, *args.options, f"--cases={args.cases}"]))

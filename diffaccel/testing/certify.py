@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import DiffaccelError, OptionError
 from ..samplers.registry import REGISTRY, Sampler, get, samplers
+from .anywhere import check_anywhere, drawn
 from .checks import CHECKS, Result
 from .runs import PATHS, run_nodes, unroll
 
@@ -72,15 +73,24 @@ def _evidence(result: Result) -> str:
     return f"{result.value:.3g} (limit {result.limit:.3g}) {result.detail}".rstrip()
 
 
-def certify(sampler: str | Sampler, options: Mapping[str, Any] | None = None) -> Certificate:
+def certify(sampler: str | Sampler, options: Mapping[str, Any] | None = None, cases: int = 0) -> Certificate:
     """Run every check on a registered name or a `Sampler`, with these options.
 
+    Args:
+        sampler, options: what is checked.
+        cases: runs drawn at random beside the fixed ones (path, grid, 1 to 50 calls, end, first call): see
+            `anywhere.drawn`.
+
     Raises:
-        OptionError: if the name or an option is unknown, or the sampler cannot make a table.
+        OptionError: if the name or an option is unknown, or the sampler cannot make a table; cases < 0.
     """
+    if cases < 0:
+        raise OptionError(f"cases={cases}: a number of runs, 0 or more")
     made, given = get(sampler), dict(options or {})
     table = made.trace(run_nodes(made, given, PATHS["vp"], 20, "linspace_open"), 20, **given)
     results = tuple(check(made, given) for check in CHECKS.values())
+    if cases:
+        results += (check_anywhere(made, given, drawn(cases)),)
     return Certificate(
         _label(made.name, given),
         made.order_of(**given),
@@ -162,9 +172,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="diffaccel certify", description=__doc__)
     parser.add_argument("target", help="a registered sampler, or module:function")
     parser.add_argument("options", nargs="*", type=_option, metavar="key=value", help="options of the sampler")
+    parser.add_argument("--cases", type=int, default=0, help="also so many runs drawn at random (default 0)")
     given = parser.parse_args(argv)
     try:
-        certificate = certify(find(given.target), dict(given.options))
+        certificate = certify(find(given.target), dict(given.options), given.cases)
     except DiffaccelError as error:
         print(f"diffaccel certify: {error}", file=sys.stderr)
         return 2

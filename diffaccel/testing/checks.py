@@ -28,6 +28,7 @@ from .problems import four_modes
 from .runs import PATHS, Options, invariant, point_mass_error, run_cases, run_nodes, scales, traced
 
 EXACT = 1e-9
+LARGEST = 1e3  # state of a run with predictions in [-1, 1], in units of `hypot(alpha, sigma)`
 
 
 @dataclass(frozen=True)
@@ -327,18 +328,19 @@ def check_finite(sampler: Sampler, options: Options = {}) -> Result:  # noqa: B0
 
     def found() -> Iterator[tuple[float, str]]:
         for label, path, calls, grid, final in run_cases(runs):
-            yield _growth(traced(sampler, options, path, calls, grid, final)), label
+            yield growth(traced(sampler, options, path, calls, grid, final)), label
         for i, (name, path) in enumerate(PATHS.items()):
             for grid in ("linspace_open", "trailing", ("karras", "uniform_lambda")[i % 2]):
-                yield _growth(traced(sampler, options, path, 50, grid)), f"{name}, {grid}, 50 calls"
+                yield growth(traced(sampler, options, path, 50, grid)), f"{name}, {grid}, 50 calls"
             nodes = run_nodes(sampler, options, path, 9, "linspace")
             for k in range(len(nodes) - 1):
-                yield _growth(sampler.trace(nodes[k:], **options)), f"{name}, linspace, begun at node {k}"
+                yield growth(sampler.trace(nodes[k:], **options)), f"{name}, linspace, begun at node {k}"
 
-    return worst("finite", 1e3, found())
+    return worst("finite", LARGEST, found())
 
 
-def _growth(table: Table) -> float:
+def growth(table: Table) -> float:
+    """The largest state of a run with predictions in [-1, 1], in units of `hypot(alpha, sigma)`; inf if not finite."""
     first = table.nodes[0]
     x = math.hypot(first.alpha, first.sigma) * np.array([-2.0, -0.3, 0.0, 0.7, 2.5])
     states = table.apply(x, _elementwise, lambda v: np.cos(np.arange(v.size) + v), trajectory=True)
