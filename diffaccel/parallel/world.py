@@ -30,6 +30,7 @@ from .protocol import WorldError as WorldError
 
 BEAT = 0.5  # seconds between heartbeats
 LOOK = 0.02  # seconds between two looks at the store
+TRIES = 3  # to connect to it
 _worlds = count()  # worlds opened one after another in a process must not read each other's keys
 
 
@@ -264,7 +265,7 @@ def open_world(*, cpu: bool = False, threads: int = 1, timeout: float = TIMEOUT)
     from accelerate import PartialState
 
     os.environ.update(slurm_environment(os.environ))
-    rank, size = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     cpu = cpu or not torch.accelerator.is_available()
     options: dict[str, Any] = {"cpu": cpu}
     if size > 1:
@@ -276,8 +277,7 @@ def open_world(*, cpu: bool = False, threads: int = 1, timeout: float = TIMEOUT)
     try:
         state = PartialState(**options)
     except (RuntimeError, ValueError) as error:  # torch's DistNetworkError and DistStoreError are RuntimeErrors
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise WorldError(f"rank {rank} of {size} could not meet the others at {where}: {line(error)}") from error
+        raise _unmet(error) from error
     if state.num_processes != size:
         raise WorldError(
             f"{size} processes were launched but accelerate sees {state.num_processes} on device {state.device}; "
@@ -295,11 +295,35 @@ def open_world(*, cpu: bool = False, threads: int = 1, timeout: float = TIMEOUT)
     prefix = f"diffaccel/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_worlds)}"
 
     def connect() -> Any:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = distributed.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
-        return distributed.PrefixStore(prefix, store)
+        return distributed.PrefixStore(prefix, _connected(timeout))
 
     return DistWorld(state.process_index, state.num_processes, state.device, connect, timeout=timeout, leave=leave)
+
+
+def _connected(timeout: float) -> Any:
+    """One more connection to the store of the launcher (or of rank 0).
+
+    In several tries, because a connection that was lost on its way is not repeated by torch, which waits for an answer.
+
+    Raises:
+        WorldError: nobody answers.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    distributed: Any = torch.distributed
+    for left in reversed(range(TRIES)):
+        try:
+            store = distributed.TCPStore(host, port, timeout=timedelta(seconds=timeout / TRIES))
+        except RuntimeError as error:
+            if not left:
+                raise _unmet(error) from error
+        else:
+            store.set_timeout(timedelta(seconds=timeout))
+            return store
+
+
+def _unmet(error: Exception) -> WorldError:
+    rank, size, host, port = (os.environ.get(k) for k in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return WorldError(f"rank {rank} of {size} could not meet the others at {host}:{port}: {line(error)}")
 
 
 def _told(text: bytes) -> WorldError:

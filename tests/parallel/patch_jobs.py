@@ -12,7 +12,7 @@ from pathlib import Path
 
 import accelerate  # noqa: F401 - imported once, before the forks
 import torch
-from ranks import fork, wait
+from ranks import say, timed
 
 from diffaccel.parallel.patch import PatchHook
 from diffaccel.parallel.patch_arguments import arguments
@@ -92,15 +92,14 @@ def image() -> int:
 
 def _fail(act) -> int:
     """Run a pipeline of which one rank does something else; print what each rank is told."""
-    start = time.monotonic()
-    world = open_world(cpu=True, timeout=4)
+    world = open_world(cpu=True, timeout=15)
+    world.timeout = 4 if act is hangs else 15
     try:
         chosen = "displaced" if act is mode and world.rank == 1 else "sync"
         h = patch_parallel(PIPE, chosen, guidance="patches", world=world)
         h.pipe(**act(world, call_kwargs("sd15", num_inference_steps=6)))
     except Exception as error:
-        text = f"RANK {world.rank} {type(error).__name__} after {time.monotonic() - start:.1f}: {error}"
-        print(text.replace("\n", " | "), flush=True)
+        say(f"RANK {world.rank} {type(error).__name__}: {error}")
         return 2
     finally:
         world.close()
@@ -155,22 +154,16 @@ def mode(world, kwargs):
     return kwargs  # what differs is chosen in _fail
 
 
-def timed(name: str, ranks: int, job, seconds: float = 90.0) -> dict:
-    log, start = WORK / f"{name}.log", time.monotonic()
-    codes = wait(fork(ranks, job, log), seconds)
-    return {"codes": codes, "text": log.read_text() if log.exists() else "", "seconds": time.monotonic() - start}
-
-
 def failing(act):
     return lambda: _fail(act)
 
 
 found = {
-    "same 2": timed("same 2", 2, same_as_emulated),
-    "same 4": timed("same 4", 4, same_as_emulated),
-    "image": timed("image", 3, image),
+    "same 2": timed(2, same_as_emulated, WORK / "same 2.log"),
+    "same 4": timed(4, same_as_emulated, WORK / "same 4.log"),
+    "image": timed(3, image, WORK / "image.log"),
     **{
-        act.__name__: timed(act.__name__, 3 if act in (raises, dies) else 2, failing(act))
+        act.__name__: timed(3 if act in (raises, dies) else 2, failing(act), WORK / f"{act.__name__}.log")
         for act in (raises, dies, hangs, seed, prompt, size, steps, mode)
     },
 }

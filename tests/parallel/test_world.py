@@ -13,7 +13,7 @@ from jobs import outcome
 from diffaccel.errors import OptionError
 from diffaccel.parallel.agree import differences, same_on_all
 from diffaccel.parallel.launch import first_host, slurm_environment
-from diffaccel.parallel.world import DistWorld, SoloWorld, WorldError
+from diffaccel.parallel.world import TRIES, DistWorld, SoloWorld, WorldError, _connected
 from diffaccel.parallel.world_emulated import EmulatedWorld
 
 HERE = Path(__file__).parent
@@ -32,7 +32,7 @@ def test_messages_reach_every_rank(runs):
 
 def test_ranks_that_were_told_different_things_say_what_and_once(runs):
     found = runs["disagree"]
-    assert found["codes"] == [2, 2, 2]
+    assert found["codes"] == [2, 2, 2], found["text"]
     assert "calls: rank 0 has 5, rank 1 has 6" in found["text"]
     assert found["text"].count("do not agree") == 1
 
@@ -40,22 +40,23 @@ def test_ranks_that_were_told_different_things_say_what_and_once(runs):
 @pytest.mark.parametrize("scenario, rank", [("raises", 1), ("host_raises", 0)])
 def test_a_rank_that_fails_ends_all_with_one_error(runs, scenario, rank):
     found = runs[scenario]
-    assert set(found["codes"]) == {2}
-    assert found["text"].strip() == f"REPORT rank {rank}: the model broke"
-    assert found["seconds"] < 10
+    assert set(found["codes"]) == {2}, found["text"]
+    reports = [line for line in found["text"].splitlines() if line.startswith("REPORT")]  # torch writes there too
+    assert reports == [f"REPORT rank {rank}: the model broke"], found["text"]
+    assert found["seconds"] < 30
 
 
 def test_a_rank_that_is_killed_ends_all_with_one_error(runs):
     found = runs["dies"]
-    assert found["codes"] == [2, -9, 2]
+    assert found["codes"] == [2, -9, 2], found["text"]
     assert found["text"].count("REPORT") == 1
     assert "for rank 1 (last image); rank 1 was last alive" in found["text"]
-    assert found["seconds"] < 40
+    assert found["seconds"] < 60
 
 
 def test_a_rank_that_hangs_ends_all_with_one_error(runs):
     found = runs["hangs"]
-    assert found["codes"] == [2, 2]
+    assert found["codes"] == [2, 2], found["text"]
     assert found["text"].count("REPORT") == 1
     assert "REPORT rank 0: rank 0 waited" in found["text"] and "rank 1 is alive but has done nothing" in found["text"]
 
@@ -77,6 +78,26 @@ def test_an_alone_process_that_cannot_meet_the_others_says_where(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60, check=False
     )
     assert "WorldError: rank 1 of 2 could not meet the others at 127.0.0.1:9" in done.stderr
+
+
+def test_a_connection_that_nobody_answers_is_tried_again(monkeypatch):
+    tried = []
+
+    def store(host, port, timeout):
+        tried.append((host, port, timeout.total_seconds()))
+        if len(tried) < answers_at:
+            raise torch.distributed.DistNetworkError("timed out")
+        return torch.distributed.HashStore()
+
+    monkeypatch.setattr(torch.distributed, "TCPStore", store)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+    answers_at = TRIES
+    assert _connected(6.0).timeout.total_seconds() == 6.0 and tried == [("host", 9, 6.0 / TRIES)] * TRIES
+    answers_at, tried[:] = 99, []
+    with pytest.raises(WorldError, match=r"rank 1 of 2 could not meet the others at host:9: .*timed out"):
+        _connected(6.0)
+    assert len(tried) == TRIES
 
 
 # ---------------------------------------------------------------------- SLURM

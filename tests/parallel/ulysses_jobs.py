@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import accelerate  # noqa: F401 - imported once, before the forks
 import torch
-from ranks import fork, wait
+from ranks import say, timed
 
 from diffaccel.denoiser.contract import hooks_of
 from diffaccel.errors import OptionError
@@ -62,7 +61,7 @@ def told(act) -> int:
     try:
         act(world)
     except Exception as error:
-        print(f"RANK {world.rank} {type(error).__name__}: {error}".replace("\n", " | "), flush=True)
+        say(f"RANK {world.rank} {type(error).__name__}: {error}")
         return 2
     finally:
         world.close()
@@ -104,17 +103,11 @@ def twice(world) -> None:
             raise OptionError(f"as it should: {error}") from error
 
 
-def outcome(job, ranks: int, name: str) -> dict:
-    log, start = WORK / f"{name}.log", time.monotonic()
-    codes = wait(fork(ranks, job, log), 90)
-    return {"codes": codes, "text": log.read_text(), "seconds": time.monotonic() - start}
-
-
 def of(act):
     return lambda: told(act)
 
 
-found = {"same": outcome(same, 2, "same")}
+found = {"same": timed(2, same, WORK / "same.log")}
 for act, ranks in ((prompt, 2), (raises, 2), (heads, 3), (late, 2), (split, 2), (twice, 2)):
-    found[act.__name__] = outcome(of(act), ranks, act.__name__)
+    found[act.__name__] = timed(ranks, of(act), WORK / f"{act.__name__}.log")
 print(json.dumps(found))

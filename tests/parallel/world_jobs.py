@@ -11,7 +11,7 @@ from pathlib import Path
 
 import accelerate  # noqa: F401 - imported once, before the forks
 import numpy as np
-from ranks import fork, wait
+from ranks import say, timed
 
 import diffaccel.parallel.generate
 from diffaccel.errors import RunError
@@ -42,7 +42,7 @@ def disagree() -> int:
         same_on_all(world, "recipe", {"calls": 5 + world.rank, "same": 1})
     except WorldError as error:
         if not error.told:
-            print(error)
+            say(str(error))
         return 2
     finally:
         world.close()
@@ -70,7 +70,7 @@ def _paint_then(act) -> int:
     except Exception as error:
         told = isinstance(error, WorldError) and error.told
         if world.abort(str(error)) and not told:
-            print(f"REPORT rank {world.rank}: {error}")
+            say(f"REPORT rank {world.rank}: {error}")
         return 2
     finally:
         world.close()
@@ -97,32 +97,15 @@ def hangs(world, tasks) -> None:
         time.sleep(10)  # its heartbeat goes on
 
 
-def timed(name: str, size: int, job) -> dict:
-    """What became of ranks that met.
-
-    About one in thirty rendezvous of torch itself leaves a rank's first connection unanswered until the time-out (seen
-    with nothing but torch and accelerate, two programs at a time); such ranks are started again.
-    """
-    log = WORK / f"{name}.log"
-    for _ in range(4):
-        log.unlink(missing_ok=True)
-        start = time.monotonic()
-        codes = wait(fork(size, job, log))
-        found = {"codes": codes, "text": log.read_text(), "seconds": time.monotonic() - start}
-        if "could not meet the others" not in found["text"]:
-            break
-    return found
-
-
 print(
     json.dumps(
         {
-            "messages": timed("messages", 3, messages),
-            "disagree": timed("disagree", 3, disagree),
-            "raises": timed("raises", 3, lambda: _paint_then(raises)),
-            "host_raises": timed("host_raises", 2, lambda: _paint_then(host_raises)),
-            "dies": timed("dies", 3, lambda: _paint_then(dies)),
-            "hangs": timed("hangs", 2, lambda: _paint_then(hangs)),
+            "messages": timed(3, messages, WORK / "messages.log"),
+            "disagree": timed(3, disagree, WORK / "disagree.log"),
+            "raises": timed(3, lambda: _paint_then(raises), WORK / "raises.log"),
+            "host_raises": timed(2, lambda: _paint_then(host_raises), WORK / "host_raises.log"),
+            "dies": timed(3, lambda: _paint_then(dies), WORK / "dies.log"),
+            "hangs": timed(2, lambda: _paint_then(hangs), WORK / "hangs.log"),
         }
     )
 )
