@@ -8,7 +8,7 @@ from pathlib import Path
 
 import accelerate  # noqa: F401 - imported once, before the forks
 import torch
-from ranks import fork, wait
+from ranks import fork, met
 
 import diffaccel.calibrate.cache
 import diffaccel.painter  # noqa: F401 - so are torch, diffusers and transformers
@@ -29,15 +29,15 @@ def timed(self: Runs, batch: object) -> float:
 REAL, Runs._timed = Runs._timed, timed
 
 
-def start(name: str, size: int, **changes: object) -> list[int]:
+def run(name: str, size: int, **changes: object) -> list[int]:
     given = ["calibrate", "cache", "tiny-sd", "--guidance", "1", "--calls", "8", "--cpu"]
     given += [f"--set={key}={value}" for key, value in {**SMALL, **changes}.items()]
-    out = WORK / f"{name}.safetensors"
-    return fork(size, lambda: main([*given, "--out", str(out)]), WORK / f"{name}.log")
+    out, log = WORK / f"{name}.safetensors", WORK / f"{name}.log"
+    return met(lambda: fork(size, lambda: main([*given, "--out", str(out)]), log), log, 300)
 
 
-found = {f"w{size}": wait(start(f"w{size}", size), 300) for size in (1, 2)}
-found["tac"] = wait(start("tac", 2, full=(), compensation="tac", thresholds=()), 300)
-found["tac alone"] = wait(start("tac alone", 1, full=(), compensation="tac", thresholds=()), 300)
-found["few"] = wait(start("few", 3), 300)  # two images to measure on
+found = {f"w{size}": run(f"w{size}", size) for size in (1, 2)}
+found["tac"] = run("tac", 2, full=(), compensation="tac", thresholds=())
+found["tac alone"] = run("tac alone", 1, full=(), compensation="tac", thresholds=())
+found["few"] = run("few", 3)  # two images to measure on
 print(json.dumps(found))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import accelerate  # noqa: F401 - imported once, before the forks
 import torch
-from ranks import fork, wait
+from ranks import fork, met, wait
 
 import diffaccel.painter  # noqa: F401 - so are torch, diffusers and transformers
 from diffaccel.cli import main
@@ -30,6 +30,10 @@ def start(out: str, size: int, *more: str) -> list[int]:
     return fork(size, lambda: main(given), WORK / f"{out}.log")
 
 
+def run(out: str, size: int, *more: str) -> list[int]:
+    return met(lambda: start(out, size, *more), WORK / f"{out}.log")
+
+
 def killed(out: str, size: int, victims: list[int]) -> list[int]:
     """Kill ranks when a quarter of the images is there; the others are then killed too, as torchrun does."""
     pids = start(out, size)
@@ -40,11 +44,11 @@ def killed(out: str, size: int, victims: list[int]) -> list[int]:
     return wait(pids)
 
 
-found: dict = {f"w{size}": wait(start(f"w{size}", size)) for size in (1, 2, 3, 4)}
+found: dict = {f"w{size}": run(f"w{size}", size) for size in (1, 2, 3, 4)}
 found["killed"] = killed("broken", 2, [1])
 found["killed_again"] = killed("broken2", 3, [0, 2])
 found["left_after_kill"] = sum(1 for _ in (WORK / "broken").glob("*/*.png"))
-found["resumed"] = wait(start("broken", 3))
-found["resumed_again"] = wait(start("broken2", 1))
-found["stranger"] = wait(start("w2", 2, "--guidance", "2.0"))
+found["resumed"] = run("broken", 3)
+found["resumed_again"] = run("broken2", 1)
+found["stranger"] = run("w2", 2, "--guidance", "2.0")
 print(json.dumps(found))

@@ -57,19 +57,24 @@ def say(text: str) -> None:
     os.write(1, f"\n{' | '.join(text.splitlines())}\n".encode())
 
 
-def timed(size: int, job: Callable[[], int], log: Path, seconds: float = 90.0) -> dict:
-    """Exit codes, output and seconds of a job, of ranks that met (see `LATER`): others are started again."""
+def met(start: Callable[[], list[int]], log: Path, seconds: float = 90.0) -> list[int]:
+    """Exit codes of ranks that met (see `LATER`): others are started again."""
     for _ in range(4):
         log.unlink(missing_ok=True)
-        start = time.monotonic()
-        codes = wait(fork(size, job, log), seconds)
-        found = {"codes": codes, "text": log.read_text(), "seconds": time.monotonic() - start}
-        if "could not meet the others" not in found["text"]:
+        codes = wait(start(), seconds)
+        if "could not meet the others" not in log.read_text():
             break
-    return found
+    return codes
 
 
-def wait(pids: list[int], seconds: float = 60.0) -> list[int]:
+def timed(size: int, job: Callable[[], int], log: Path) -> dict:
+    """Exit codes, output and seconds (tries included) of a job."""
+    start = time.monotonic()
+    codes = met(lambda: fork(size, job, log), log)
+    return {"codes": codes, "text": log.read_text(), "seconds": time.monotonic() - start}
+
+
+def wait(pids: list[int], seconds: float = 90.0) -> list[int]:
     """Exit codes (-9 for a killed process); a process that does not end in time fails the test."""
     end, codes = time.monotonic() + seconds, {}
     while len(codes) < len(pids):

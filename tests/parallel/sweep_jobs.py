@@ -11,7 +11,7 @@ from pathlib import Path
 
 import accelerate  # noqa: F401 - imported once, before the forks
 import torch
-from ranks import fork, wait
+from ranks import fork, met, wait
 
 import diffaccel.eval.report_run
 import diffaccel.painter  # noqa: F401 - so are torch, diffusers and transformers
@@ -32,6 +32,10 @@ def painted(out: str) -> int:
     return sum(p.stem.count(".") == 0 for p in (WORK / out).glob("cells/*/*.npz"))
 
 
+def run(out: str, size: int, *more: str) -> list[int]:
+    return met(lambda: start(out, size, *more), WORK / f"{out}.log", 300)
+
+
 def killed(out: str, size: int) -> list[int]:
     """Kill rank 1 when a quarter of the blocks is there; rank 0 then ends too, as torchrun sees to it."""
     pids = start(out, size)
@@ -42,9 +46,9 @@ def killed(out: str, size: int) -> list[int]:
     return wait(pids)
 
 
-found: dict = {f"w{size}": wait(start(f"w{size}", size), 300) for size in (1, 2)}
+found: dict = {f"w{size}": run(f"w{size}", size) for size in (1, 2)}
 found["killed"] = killed("broken", 2)
 found["left_after_kill"] = painted("broken")
-found["resumed"] = wait(start("broken", 1), 300)
-found["stranger"] = wait(start("bad", 2, "--reference", "nowhere"), 300)
+found["resumed"] = run("broken", 1)
+found["stranger"] = run("bad", 2, "--reference", "nowhere")
 print(json.dumps(found))
