@@ -67,6 +67,8 @@ class Compiled:
     direct: tuple[Ready, Ready] | None
     older: tuple[Ready, ...] = ()  # of the predictions of earlier calls, beside `direct`
     one: Ready = 0.0
+    # (register, register, weight of this call's P) of a row whose only update is a mean of the two, as a momentum is
+    mean: tuple[int, int, float] | None = None
     shaped: tuple[Shaped, ...] = ()  # those that a step reads
 
 
@@ -109,10 +111,22 @@ def _compiled(row: Row, output: Output, policy: Policy | None) -> Compiled:
         b = mix.p[0] if mix.p else 0.0
         made.direct = both((mix.x + b * u, b * w))
         made.older, made.one = tuple(ready(c) for c in mix.p[1:]), ready(mix.one)
+    made.mean = _mean(row)
     kept = made.to_p if from_x0 is None else made.x0_to_p or ()
     in_order = (*made.to_x0, *kept, made.one, *(made.direct or ()), *made.older)  # as a step reads them
     made.shaped = tuple(c for c in in_order if isinstance(c, Shaped))
     return made
+
+
+def _mean(row: Row) -> tuple[int, int, float] | None:
+    """`Compiled.mean`: one operation in place of two."""
+    if len(row.registers) != 1:
+        return None
+    slot, mix = row.registers[0]
+    if len(mix.p) != 1 or len(mix.m) != 1 or mix.z or not mix.scalar or mix.x != 0 or mix.one != 0:
+        return None
+    (before, a), b = mix.m[0], float(mix.p[0])
+    return (slot, before, b) if abs(float(a) + b - 1) < 1e-15 else None
 
 
 @dataclass
@@ -201,9 +215,13 @@ def advance(
     for _ in range(c.row.draws):
         run.draws.insert(0, _drawn(x, generator))
     del run.draws[max(1, run.noise_depth) :]
-    new = {slot: _evaluate(run, m, x) for slot, m in c.row.registers}
-    for slot, value in new.items():
-        run.registers[slot] = value
+    if c.mean is not None:
+        slot, before, b = c.mean
+        run.registers[slot] = torch.lerp(run.registers[before], p, b)
+    else:
+        new = {slot: _evaluate(run, m, x) for slot, m in c.row.registers}
+        for slot, value in new.items():
+            run.registers[slot] = value
     return _evaluate(run, mix, x), x0
 
 

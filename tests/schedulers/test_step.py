@@ -9,6 +9,7 @@ import torch
 from scheduler_runs import PATHS, cases, generator, label, loop, make, model, noise, sampled
 
 from diffaccel import TableScheduler, TableSchedulerOutput
+from diffaccel.core.prediction import Prediction, convert
 from diffaccel.errors import OptionError, RunError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -274,3 +275,31 @@ def test_large_but_finite_states_pass():
     scheduler = ready(2, settings={"check_finite": "always"})
     big = torch.full((1, 1, 64, 64), 3e36)  # the sum overflows, no value does
     assert torch.isfinite(scheduler.step(torch.zeros_like(big), scheduler.timesteps[0], big)[0]).all()
+
+
+# ---------------------------------------------------------------------- the arithmetic of a row
+@pytest.mark.parametrize(("name", "options"), cases(stochastic=False), ids=label)
+def test_steps_are_the_rows_of_the_table(name, options):
+    scheduler, x = make("sd15", name, **options), X.double()
+    scheduler.set_timesteps(7)
+    rows = scheduler.table.rows
+
+    def predict(state, node, space):
+        output = torch.tanh(state)
+        return convert(Prediction(output, "eps"), space, state, node)
+
+    states = scheduler.table.apply(x, predict, trajectory=True)
+    for t, state in zip(scheduler.timesteps, states[1:], strict=True):
+        x = scheduler.step(torch.tanh(x), t, x)[0]
+        torch.testing.assert_close(x, state, rtol=1e-11, atol=1e-11)
+    assert len(states) == len(rows) + 1
+
+
+def test_a_momentum_takes_one_operation():
+    scheduler = ready(6, sampler="ghvb", order=2.7)
+    scheduler.step(X, scheduler.timesteps[0], X)
+    run = scheduler._runs.need()
+    assert [c.mean is not None for c in run.rows] == [False] + [True] * 4 + [False]  # the ends have none
+    other = ready(6, sampler="ghvb", order=2.7, kind="nesterov")  # a mean with more than this call's prediction
+    other.step(X, other.timesteps[0], X)
+    assert not any(c.mean for c in other._runs.need().rows[1:])
