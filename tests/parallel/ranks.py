@@ -68,10 +68,16 @@ def met(start: Callable[[], list[int]], log: Path, seconds: float = 90.0) -> lis
 
 
 def timed(size: int, job: Callable[[], int], log: Path) -> dict:
-    """Exit codes, output and seconds (tries included) of a job."""
-    start = time.monotonic()
-    codes = met(lambda: fork(size, job, log), log)
-    return {"codes": codes, "text": log.read_text(), "seconds": time.monotonic() - start}
+    """Exit codes, output and seconds of a job."""
+    began = 0.0
+
+    def start() -> list[int]:
+        nonlocal began
+        began = time.monotonic()
+        return fork(size, job, log)
+
+    codes = met(start, log)
+    return {"codes": codes, "text": log.read_text(), "seconds": time.monotonic() - began}
 
 
 def wait(pids: list[int], seconds: float = 90.0) -> list[int]:

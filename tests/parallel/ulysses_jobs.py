@@ -57,7 +57,7 @@ def same() -> int:
 
 def told(act) -> int:
     """What each rank is told when one of them does something else."""
-    world = open_world(cpu=True, timeout=8)
+    world = open_world(cpu=True, timeout=20)
     try:
         act(world)
     except Exception as error:
