@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+from parallel.ranks import LATER, free_port
 
 from diffaccel.artifact import Artifact
 from diffaccel.cli import main
@@ -21,20 +21,13 @@ SMALL += ["--set", "pairs=8", "--set", "held_out=8", "--set", "teacher_calls=8",
 
 def started(command):
     """Two ranks of a command."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    own = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **own, "RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for r in range(2)
-    ]
+    own = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    found = []
+    for rank in ("0", "1"):
+        env = {**os.environ, **own, "RANK": rank, "LOCAL_RANK": rank}
+        found.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        time.sleep(LATER)
+    return found
 
 
 @pytest.fixture(scope="module")
