@@ -29,10 +29,7 @@ class Streams:
         arguments = Arguments(block).names
         self.hidden, self.text = "hidden_states", "encoder_hidden_states"
         self.at, self.text_at = 0, None
-        try:
-            known = TransformerBlockRegistry.get(type(block))
-        except ValueError:
-            known = None
+        known = _registered(block)
         if known is not None:
             self.hidden = known.hidden_states_argument_name
             self.text = getattr(known, "encoder_hidden_states_argument_name", self.text)  # since diffusers 0.41
@@ -66,6 +63,14 @@ class Streams:
         if self.text_at is None:
             return (hidden,)
         return (hidden, text) if self.at == 0 else (text, hidden)
+
+
+def _registered(block: torch.nn.Module) -> Any:
+    """What diffusers knows of a block, or None."""
+    try:
+        return TransformerBlockRegistry.get(type(block))
+    except ValueError:
+        return None
 
 
 @dataclass
@@ -129,10 +134,16 @@ def layout_of(model: torch.nn.Module, level: str | None, dynamic: bool) -> Layou
     if level == "sublayer":
         return _sublayers(model, blocks[0], dynamic)
     kinds = {Streams(block).text_at is None for _, block in blocks}
+    names = ", ".join(sorted({type(b).__name__ for _, b in blocks}))
     if len(kinds) > 1:
         raise OptionError(
             f"some blocks of {type(model).__name__} return the text's hidden states apart and others do not "
-            f"({', '.join(sorted({type(b).__name__ for _, b in blocks}))}); use level='sublayer'"
+            f"({names}); use level='sublayer'"
+        )
+    if len({type(b) for _, b in blocks}) > 1 and not all(_registered(b) for _, b in blocks):
+        raise OptionError(
+            f"{type(model).__name__} has blocks of several kinds ({names}), and this version of diffusers does not say "
+            "what they return; use level='sublayer'"
         )
     return Layout("stack", blocks[0], [blocks[1:]])
 

@@ -76,6 +76,14 @@ def test_blocks_that_join_the_streams_need_sublayers():
     assert any(name.startswith("single_transformer_blocks.1.") for name in names)
 
 
+def test_blocks_of_several_kinds_that_diffusers_does_not_know_need_sublayers(monkeypatch):
+    """As FLUX.2 below diffusers 0.41; a single kind is taken, and looked at when it returns."""
+    monkeypatch.setattr("diffaccel.denoiser.cache_layout._registered", lambda block: None)
+    with pytest.raises(OptionError, match=r"several kinds \(FluxSingle.*, Flux.*\).*level='sublayer'"):
+        layout_of(denoiser(build("flux")), None, False)
+    assert layout_of(denoiser(build("wan")), None, False).level == "stack"
+
+
 def test_unets_without_a_deep_part_or_sublayers():
     flat = UNet2DModel(sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",),
                        up_block_types=("UpBlock2D",), layers_per_block=1)  # fmt: skip
