@@ -66,8 +66,8 @@ backgrounds ({backgrounds}), {n_things} things ({things}); captions by {n_templa
 Reference statistics: all 10,000 test images, colours and backgrounds drawn once by seed 0.
 **FID below is FID (tiny-fashion features, not Inception)**: it is comparable with itself only.
 FID to the data also sees the error of the model itself, and what guidance does to the images, which few calls follow
-less: where 5 calls come out nearer to the data than 20 (rows a, b), that is no merit of theirs. Rows "converged" measure against the model's own
-images of 100 calls, of other seeds, and see the solver alone.
+less: where 5 calls come out nearer to the data than 20 (rows a, b), that is no merit of theirs. Rows "converged"
+measure against the model's own images of 100 calls, of other seeds, and see the solver alone.
 
 ## Train them again
 
