@@ -133,14 +133,14 @@ def layout_of(model: torch.nn.Module, level: str | None, dynamic: bool) -> Layou
     blocks = _blocks(model)
     if level == "sublayer":
         return _sublayers(model, blocks[0], dynamic)
-    kinds = {Streams(block).text_at is None for _, block in blocks}
-    names = ", ".join(sorted({type(b).__name__ for _, b in blocks}))
-    if len(kinds) > 1:
+    kinds = {type(block): block for _, block in blocks}
+    names = ", ".join(sorted(kind.__name__ for kind in kinds))
+    if len({Streams(block).text_at is None for _, block in blocks}) > 1:
         raise OptionError(
             f"some blocks of {type(model).__name__} return the text's hidden states apart and others do not "
             f"({names}); use level='sublayer'"
         )
-    if len({type(b) for _, b in blocks}) > 1 and not all(_registered(b) for _, b in blocks):
+    if len(kinds) > 1 and not all(map(_registered, kinds.values())):
         raise OptionError(
             f"{type(model).__name__} has blocks of several kinds ({names}), and this version of diffusers does not say "
             "what they return; use level='sublayer'"

@@ -322,7 +322,8 @@ def _connected(timeout: float) -> Any:
 
 
 def _unmet(error: Exception) -> WorldError:
-    rank, size, host, port = (os.environ.get(k) for k in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     return WorldError(f"rank {rank} of {size} could not meet the others at {host}:{port}: {line(error)}")
 
 

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core.grid import GRIDS
 from ..core.table import Table
 from ..errors import DiffaccelError, OptionError
 from ..samplers.begin import begin_at
 from ..samplers.registry import Sampler
 from .checks import LARGEST, Result, growth, worst
-from .runs import PATHS, Options, accepts, run_nodes
+from .runs import PATHS, Options, laid, run_nodes, traced
 
 MOST = 50  # model calls of a run
 FINALS = ("zero", "sigma_min")
@@ -35,11 +34,6 @@ class Place:
         return f"{self.path}, {self.grid}, {self.calls} calls, final {self.final}, begun at call {self.begin}"
 
 
-def laid() -> list[tuple[str, str]]:
-    """Every path with every grid that it accepts."""
-    return [(name, grid) for name, path in PATHS.items() for grid in GRIDS if accepts(path, grid)]
-
-
 def every() -> Iterator[Place]:
     """Every path, grid, number of calls of 1 to 50 and end, from the first call."""
     for (path, grid), calls, final in itertools.product(laid(), range(1, MOST + 1), FINALS):
@@ -47,7 +41,7 @@ def every() -> Iterator[Place]:
 
 
 def drawn(cases: int, seed: int = 0) -> Iterator[Place]:
-    """`cases` runs, drawn evenly from those of `every`; half of them begin at another call than the first."""
+    """`cases` runs, drawn evenly from those of `every`; nearly half of them begin at another call than the first."""
     rng, choice = np.random.default_rng(seed), laid()
     for _ in range(cases):
         path, grid = choice[rng.integers(len(choice))]
@@ -58,10 +52,11 @@ def drawn(cases: int, seed: int = 0) -> Iterator[Place]:
 
 def table_of(sampler: Sampler, options: Options, place: Place) -> Table:
     """The rows that a scheduler would run there."""
-    nodes = run_nodes(sampler, options, PATHS[place.path], place.calls, place.grid, place.final)
-    table = sampler.trace(nodes, place.calls, **options)
+    where = PATHS[place.path], place.calls, place.grid, place.final
+    table = traced(sampler, options, *where)
     if not place.begin:
         return table
+    nodes = run_nodes(sampler, options, *where)  # the very ones that the table was traced on
     return begin_at(table, nodes, place.begin, sampler, sampler.options(dict(options)))
 
 

@@ -92,7 +92,7 @@ def certify(sampler: str | Sampler, options: Mapping[str, Any] | None = None, ca
     if cases:
         results += (check_anywhere(made, given, drawn(cases)),)
     return Certificate(
-        _label(made.name, given),
+        label(made.name, given),
         made.order_of(**given),
         next(r.value for r in results if r.name == "order"),
         tuple((n, made.intervals_of(n, **given)) for n in (1, 5, 10)),
@@ -117,7 +117,7 @@ def equal_methods(sampler: Sampler, options: Mapping[str, Any]) -> tuple[str, ..
             if other.name == sampler.name and other.options(given) == own:
                 continue
             if mine.shape == theirs.shape and float(np.max(np.abs(mine - theirs))) < SAME:
-                same.append(_label(other.name, given))
+                same.append(label(other.name, given))
     return tuple(same)
 
 
@@ -125,7 +125,8 @@ def _standard(sampler: Sampler, options: Mapping[str, Any]) -> np.ndarray:
     return unroll(sampler.trace(run_nodes(sampler, options, PATHS["flow_shift3"], 12, "linspace_open"), 12, **options))
 
 
-def _label(name: str, options: Mapping[str, Any]) -> str:
+def label(name: str, options: Mapping[str, Any]) -> str:
+    """A sampler with options, as the tables of the documentation name it."""
     return f"{name}({', '.join(f'{k}={v!r}' for k, v in options.items())})" if options else name
 
 

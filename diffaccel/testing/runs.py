@@ -107,9 +107,13 @@ def accepts(path: Path, grid: str) -> bool:
     return True
 
 
+def laid() -> list[tuple[str, str]]:
+    """Every path with every grid that it accepts, by name."""
+    return [(name, grid) for name, path in PATHS.items() for grid in GRIDS if accepts(path, grid)]
+
+
 def run_cases(runs: Sequence[tuple[int, str]]) -> Iterator[tuple[str, Path, int, str, str]]:
     """(label, path, calls, grid, final) over all paths and the grids that they accept, for `runs` of (calls, final)."""
-    for name, path in PATHS.items():
-        for grid in GRIDS:
-            for calls, final in runs if accepts(path, grid) else ():
-                yield f"{name}, {grid}, {calls} calls, final {final}", path, calls, grid, final
+    for name, grid in laid():
+        for calls, final in runs:
+            yield f"{name}, {grid}, {calls} calls, final {final}", PATHS[name], calls, grid, final

@@ -13,7 +13,7 @@ from jobs import outcome
 from diffaccel.errors import OptionError
 from diffaccel.parallel.agree import differences, same_on_all
 from diffaccel.parallel.launch import first_host, slurm_environment
-from diffaccel.parallel.world import TRIES, DistWorld, SoloWorld, WorldError, _connected
+from diffaccel.parallel.world import TRIES, DistWorld, SoloWorld, WorldError, _connected, _unmet
 from diffaccel.parallel.world_emulated import EmulatedWorld
 
 HERE = Path(__file__).parent
@@ -98,6 +98,12 @@ def test_a_connection_that_nobody_answers_is_tried_again(monkeypatch):
     with pytest.raises(WorldError, match=r"rank 1 of 2 could not meet the others at host:9: .*timed out"):
         _connected(6.0)
     assert len(tried) == TRIES
+
+
+def test_a_process_that_was_not_launched_counts_as_rank_0_of_1(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert str(_unmet(RuntimeError("no store"))).startswith("rank 0 of 1 could not meet the others")
 
 
 # ---------------------------------------------------------------------- SLURM

@@ -11,9 +11,10 @@ import pytest
 from diffaccel.core.node import decay
 from diffaccel.errors import OptionError
 from diffaccel.samplers.registry import Sampler, get, samplers
-from diffaccel.testing.anywhere import FINALS, MOST, Place, check_anywhere, drawn, every, laid, table_of
+from diffaccel.testing.anywhere import FINALS, MOST, Place, check_anywhere, drawn, every, table_of
 from diffaccel.testing.certify import certify, main
 from diffaccel.testing.checks import CHECKS
+from diffaccel.testing.runs import laid
 
 CASES = [(name, dict(o)) for name, found in samplers().items() for o in ({}, *found.variants)]
 
