@@ -52,8 +52,8 @@ def page(found: dict[str, Any]) -> str:
         f"Every registered sampler and variant, on all {found['paths and grids']} pairs of a path and a grid, with "
         f"{found['calls']} calls, ending at sigma = 0 or above; and {found['drawn']} runs drawn at random, nearly "
         "half of which begin at another call than the first. Predictions are a function of the state with values in "
-        f"[-1, 1]. *Largest* is the largest state, in units of hypot(alpha, sigma) (it begins with 2.5); above {LARGEST:g} "
-        f"counts as not finite. **{bad} of {len(rows)} fail.**",
+        "[-1, 1]. *Largest* is the largest state, in units of hypot(alpha, sigma) (it begins with 2.5); above "
+        f"{LARGEST:g} counts as not finite. **{bad} of {len(rows)} fail.**",
         "",
         "| sampler | largest | where; runs |",
         "|---|---|---|",
