@@ -29,7 +29,7 @@ Case = tuple[str, dict[str, Any]]
 def cases() -> Iterator[Case]:
     """(sampler, options): each with its defaults and with each variant."""
     for name, sampler in samplers().items():
-        for options in ({}, *sampler.variants):
+        for options in sampler.settings:
             yield name, dict(options)
 
 

@@ -11,6 +11,7 @@ from .calibrate.command import add_parser as add_calibrate
 from .errors import DiffaccelError
 from .eval import command as eval_command
 from .generate_command import add_parser as add_generate
+from .key_values import key_values
 from .sweep_command import add_parser as add_sweep
 from .tune.command import add_parser as add_tune
 
@@ -75,6 +76,8 @@ def _samplers() -> int:
 
 
 def _certify(args: argparse.Namespace) -> int:
-    from .testing.certify import main as certificate
+    from .testing.certify import certify, find
 
-    return int(certificate([args.sampler, *args.options, f"--cases={args.cases}"]))
+    certificate = certify(find(args.sampler), key_values(args.options, "an option"), args.cases)
+    print(certificate)
+    return 0 if certificate.passed else 1

@@ -29,7 +29,7 @@ def cases(*, stochastic: bool | None = None, variants: bool = True) -> list[tupl
     """
     found = []
     for name, sampler in samplers().items():
-        for options in ({}, *(sampler.variants if variants else ())):
+        for options in sampler.settings if variants else ({},):
             if stochastic is None or _draws(name, options) == stochastic:
                 found.append((name, uncalibrated(name) | dict(options)))
     return found

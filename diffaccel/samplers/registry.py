@@ -104,6 +104,11 @@ class Sampler:
         object.__setattr__(self, "defaults", {k: v for k, v in keyword.items() if k != "calls"})
 
     # ------------------------------------------------------------------ options
+    @property
+    def settings(self) -> tuple[Options, ...]:
+        """The options that the checks run it with: none (the defaults), then each of `variants`."""
+        return ({}, *self.variants)
+
     def options(self, given: Options) -> dict[str, Any]:
         """All options, with `given` in place of defaults.
 

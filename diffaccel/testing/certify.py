@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import ast
 import importlib
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..errors import DiffaccelError, OptionError
+from ..errors import OptionError
 from ..samplers.registry import REGISTRY, Sampler, get, samplers
 from .anywhere import check_anywhere, drawn
 from .checks import CHECKS, Result
@@ -112,7 +109,7 @@ def equal_methods(sampler: Sampler, options: Mapping[str, Any]) -> tuple[str, ..
     mine, own = _standard(sampler, options), sampler.options(options)
     same = []
     for other in samplers().values():
-        for given in ({}, *other.variants):
+        for given in other.settings:
             theirs = _standard(other, given)
             if other.name == sampler.name and other.options(given) == own:
                 continue
@@ -155,30 +152,3 @@ def find(target: str) -> Sampler:
         f"{target!r} is a {type(found).__name__} that is not registered: put @diffaccel.sampler(name, order=...) "
         "above the loop, or name a Sampler"
     )
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """`key=value`, the value a Python literal or else a string."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"an option is written key=value, got {text!r}")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`certify TARGET [key=value ...]`: prints the certificate. 0: all passed; 1: a check failed; 2: none could run."""
-    parser = argparse.ArgumentParser(prog="diffaccel certify", description=__doc__)
-    parser.add_argument("target", help="a registered sampler, or module:function")
-    parser.add_argument("options", nargs="*", type=_option, metavar="key=value", help="options of the sampler")
-    parser.add_argument("--cases", type=int, default=0, help="also so many runs drawn at random (default 0)")
-    given = parser.parse_args(argv)
-    try:
-        certificate = certify(find(given.target), dict(given.options), given.cases)
-    except DiffaccelError as error:
-        print(f"diffaccel certify: {error}", file=sys.stderr)
-        return 2
-    print(certificate)
-    return 0 if certificate.passed else 1

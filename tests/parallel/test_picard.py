@@ -26,7 +26,7 @@ CALLS = 9
 
 def _cases():
     for name, sampler in samplers().items():
-        for options in ({}, *sampler.variants):
+        for options in sampler.settings:
             shown = ",".join(f"{k}={v}" for k, v in options.items())
             yield pytest.param(sampler, options, id=f"{name}({shown})")
 

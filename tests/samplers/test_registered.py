@@ -21,7 +21,7 @@ CHOSEN: dict[str, tuple[dict[str, Any], ...]] = {
     "heun": ({"s_churn": 4.0, "s_tmin": 0.05, "s_tmax": 50.0}, {"s_churn": 20.0}),
     "unipc": ({"order": 3}, {"order": 3, "variant": "bh1"}, {"order": 3, "space": "eps"}),
 }
-CASES = [(s, o) for s in samplers().values() for o in ({}, *s.variants, *CHOSEN.get(s.name, ()))]
+CASES = [(s, o) for s in samplers().values() for o in (*s.settings, *CHOSEN.get(s.name, ()))]
 IDS = [f"{s.name}-{'-'.join(f'{k}={v}' for k, v in options.items()) or 'default'}" for s, options in CASES]
 each_case = pytest.mark.parametrize(("sampler", "options"), CASES, ids=IDS)
 

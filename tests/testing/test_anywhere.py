@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
+from diffaccel.cli import main
 from diffaccel.core.node import decay
 from diffaccel.errors import OptionError
 from diffaccel.samplers.registry import Sampler, get, samplers
 from diffaccel.testing.anywhere import FINALS, MOST, Place, check_anywhere, drawn, every, table_of
-from diffaccel.testing.certify import certify, main
+from diffaccel.testing.certify import certify
 from diffaccel.testing.checks import CHECKS
 from diffaccel.testing.runs import laid
 
-CASES = [(name, dict(o)) for name, found in samplers().items() for o in ({}, *found.variants)]
+CASES = [(name, dict(o)) for name, found in samplers().items() for o in found.settings]
 
 
 def _tender(x: Any, nodes: Any, predict: Any, noise: Any) -> Any:
@@ -79,7 +80,7 @@ def test_refusals_are_counted_and_nothing_is_no_pass() -> None:
 
 
 def test_a_certificate_takes_drawn_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["ddim", "--cases", "12"]) == 0
+    assert main(["certify", "ddim", "--cases", "12"]) == 0
     printed = capsys.readouterr().out
     assert "12 of 12 checks passed" in printed and "; 12 runs" in printed
     with pytest.raises(OptionError, match="cases=-1"):

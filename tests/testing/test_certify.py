@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from diffaccel.cli import main
 from diffaccel.core.node import decay
 from diffaccel.errors import OptionError
 from diffaccel.samplers.registry import Sampler
-from diffaccel.testing.certify import certify, find, main
+from diffaccel.testing.certify import certify, find
 from diffaccel.testing.checks import CHECKS, Result
 
 
@@ -124,10 +125,10 @@ def test_what_cannot_be_certified(target: str, message: str) -> None:
 
 
 def test_main_prints_and_its_status_tells(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["ddim", "eta=0.5"]) == 0
+    assert main(["certify", "ddim", "eta=0.5"]) == 0
     printed = capsys.readouterr().out
     assert "sampler          ddim(eta=0.5)" in printed and "11 of 11 checks passed" in printed
-    assert main(["ddim", "eta=2"]) == 2
+    assert main(["certify", "ddim", "eta=2"]) == 2
     assert "eta must lie in [0, 1]" in capsys.readouterr().err
 
 
@@ -135,7 +136,7 @@ def test_main_reports_failures(capsys: pytest.CaptureFixture[str], monkeypatch: 
     from diffaccel.samplers import registry
 
     monkeypatch.setitem(registry.REGISTRY, "wrong", Sampler("wrong", _grows_t, 1))
-    assert main(["wrong"]) == 1
+    assert main(["certify", "wrong"]) == 1
     assert "FAILED  point_mass" in capsys.readouterr().out
 
 
