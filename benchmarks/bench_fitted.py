@@ -279,14 +279,16 @@ def main() -> None:
     parser.add_argument("--order", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--work", type=Path, default=Path("fitted-artifacts"), help="for artifacts and partial fits")
-    parser.add_argument("--transfer", action="store_true", help="the artifacts under other conditions")
+    parser.add_argument("--transfer", action="store_true", help="under other conditions; keeps other models' rows")
     args = parser.parse_args()
     torch.set_num_threads(1)
     file = args.out / "fitted.json"
     results = json.loads(file.read_text())["results"] if file.exists() else {}
     if args.transfer:
-        moved = {name: transfer(name, args.guidance[0], args.images, args.work) for name in args.models}
-        (args.out / "fitted_transfer.json").write_text(json.dumps({"calls": TRANSFER_CALLS, "results": moved}) + "\n")
+        rows = args.out / "fitted_transfer.json"
+        moved = json.loads(rows.read_text())["results"] if rows.exists() else {}
+        moved |= {name: transfer(name, args.guidance[0], args.images, args.work) for name in args.models}
+        rows.write_text(json.dumps({"calls": TRANSFER_CALLS, "results": moved}) + "\n")
         (args.out / "fitted_transfer.md").write_text(transfer_page(moved, args.guidance[0], args.images))
         return
     how = {"moves": args.moves, "refine": args.refine, "order": args.order}
