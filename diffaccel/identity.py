@@ -40,7 +40,8 @@ def model_identity(model: Any) -> dict[str, Any]:
     """Class, config, weights and adapters of a denoiser (or of a pipeline's).
 
     The hash covers names, shapes, dtypes and up to 4096 evenly spread values of every parameter and buffer, read
-    where they rest (also from under offloading hooks). Adapters (LoRA, IP-Adapter) do not enter it; they are listed.
+    where they rest (also from under offloading hooks). Adapters (LoRA, IP-Adapter) do not enter it; those that act
+    are listed, with their strengths.
 
     Returns:
         JSON values: `class`, `config_sha256`, `weights_sha256`, `weights_sample` (64 values), `dtype`, `adapters`.
@@ -58,6 +59,8 @@ def model_identity(model: Any) -> dict[str, Any]:
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + values.tobytes())
         kept.append(values[len(values) // 2 : len(values) // 2 + 1])
     chosen = np.concatenate(kept) if kept else np.zeros(0)
+    found = {name: digest.hexdigest() for name, digest in sorted(extra.items())}
+    strengths = adapter_strengths(model)
     at = np.unique(np.linspace(0, max(len(chosen) - 1, 0), SAMPLE).astype(int))[: len(chosen)]
     config = {k: v for k, v in dict(model.config).items() if not k.startswith("_") and k not in ADAPTER_KEYS}
     return {
@@ -66,7 +69,26 @@ def model_identity(model: Any) -> dict[str, Any]:
         "weights_sha256": sha.hexdigest(),
         "weights_sample": [float(v) for v in chosen[at]],
         "dtype": "+".join(sorted(dtypes)),
-        "adapters": {name: digest.hexdigest() for name, digest in sorted(extra.items())},
+        "adapters": {
+            name: f"{sha} at {strengths[name]}" if strengths.get(name) else sha
+            for name, sha in found.items()
+            if strengths.get(name) != "0"
+        },
+    }
+
+
+def adapter_strengths(model: Any) -> dict[str, str]:
+    """What each LoRA on a model is multiplied by, "low to high" where layers differ, "0" where it does not act."""
+    factors: dict[str, set[float]] = {}
+    for layer in model.modules():
+        scaling = getattr(layer, "scaling", None)
+        if isinstance(scaling, Mapping):
+            active = () if layer.disable_adapters else layer.active_adapters
+            for name, factor in scaling.items():
+                factors.setdefault(name, set()).add(factor if name in active else 0.0)
+    return {
+        name: f"{min(all_):g}" if min(all_) == max(all_) else f"{min(all_):g} to {max(all_):g}"
+        for name, all_ in sorted(factors.items())
     }
 
 
@@ -168,7 +190,7 @@ def _same_in_other_precision(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool
 
 
 def _names(adapters: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} ({sha[:12]})" for name, sha in adapters.items()) or "none"
+    return ", ".join(f"{name} ({sha[:12]}{sha[64:]})" for name, sha in adapters.items()) or "none"
 
 
 def _warn(text: str) -> None:

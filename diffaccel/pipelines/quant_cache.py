@@ -19,7 +19,7 @@ from ..denoiser.compensate import Compensation
 from ..denoiser.contract import denoisers
 from ..denoiser.quant import Quant, Quantised, quantise
 from ..errors import ArtifactError, OptionError, RunError
-from ..identity import model_identity
+from ..identity import adapter_strengths, model_identity
 from ..schedulers.fsampler import FSamplerScheduler
 from .handle import refuse_stateful, refuse_wrapped
 
@@ -209,11 +209,10 @@ class QuantCache:
 
 
 def _adapters(pipe: Any) -> list[str]:
-    """Names of the LoRA that act on the denoisers, and of those that are fused."""
+    """The LoRA that act on the denoisers, with their strengths, and those that are fused."""
     found = [f"{name} (fused)" for name in getattr(pipe, "fused_loras", ())]
-    models: Any = denoisers(pipe).values()
-    for model in models:
-        found += model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else []
+    for model in denoisers(pipe).values():
+        found += [f"{name} at {how}" for name, how in adapter_strengths(model).items() if how != "0"]
     return sorted(found)
 
 

@@ -132,7 +132,7 @@ def test_an_artifact_belongs_to_its_adapters(case, lora):
     with da.quant_cache(without, cache=cache, artifact=made):
         runs.run(without, case, STEPS)
         without.load_lora_weights(folder)
-        with pytest.raises(ArtifactError, match=r"other adapters: none .*here \['default_0'\]"):
+        with pytest.raises(ArtifactError, match=r"other adapters: none .*here \['default_0 at 1'\]"):
             runs.run(without, case, STEPS)
         without.fuse_lora()
         without.unload_lora_weights()
@@ -141,3 +141,43 @@ def test_an_artifact_belongs_to_its_adapters(case, lora):
     with da.quant_cache(with_, cache=cache, artifact=artifact_for(with_, case, cache)) as h:
         runs.run(with_, case, STEPS)
         assert h.report().compensated == STEPS
+
+
+def test_an_artifact_belongs_to_the_strength_of_its_adapters(case, lora):
+    cache, pipe = da.Cache.every(3), loaded(case, lora[0])
+    pipe.set_adapters("default_0", 0.5)
+    made = artifact_for(pipe, case, cache)
+    pipe.set_adapters("default_0", 0.8)
+    with pytest.raises(ArtifactError, match=r"adapters differs[\s\S]* at 0.5\)[\s\S]* at 0.8\)"):
+        da.quant_cache(pipe, cache=cache, artifact=made)
+    pipe.set_adapters("default_0", 0.5)
+    with da.quant_cache(pipe, cache=cache, artifact=made):
+        first = runs.run(pipe, case, STEPS)
+        for change in (lambda: pipe.set_adapters("default_0", 0.8), pipe.disable_lora):
+            change()
+            with pytest.raises(ArtifactError, match=r"other adapters: \['default_0 at 0.5'\] .*here"):
+                runs.run(pipe, case, STEPS)
+            pipe.enable_lora()
+            pipe.set_adapters("default_0", 0.5)
+            assert torch.equal(runs.run(pipe, case, STEPS), first)
+
+
+def test_a_lora_that_does_not_act_is_none(case, lora):
+    pipe, cache = loaded(case, lora[0]), da.Cache.every(3)
+    pipe.disable_lora()
+    with da.quant_cache(pipe, cache=cache, artifact=artifact_for(runs.made(case), case, cache)):
+        disabled = runs.run(pipe, case, STEPS)
+    without = runs.made(case)
+    with da.quant_cache(without, cache=cache, artifact=artifact_for(without, case, cache)):
+        assert torch.equal(runs.run(without, case, STEPS), disabled)
+
+
+def test_a_cache_follows_a_change_of_strength(case, lora):
+    pipe, other = loaded(case, lora[0]), loaded(case, lora[0])
+    other.set_adapters("default_0", 0.4)
+    with da.quant_cache(other, cache=da.Cache.every(3)):
+        expected = runs.run(other, case, STEPS)
+    with da.quant_cache(pipe, cache=da.Cache.every(3)):
+        assert gap(runs.run(pipe, case, STEPS), expected) > 1e-4
+        pipe.set_adapters("default_0", 0.4)
+        assert torch.equal(runs.run(pipe, case, STEPS), expected)
