@@ -308,6 +308,8 @@ def _karras(
     offset: int = 0,
 ) -> list[Node]:
     """`sigma^(1/rho)` uniform (arXiv:2206.00364, Eq. 5), on the whole path or `within` the ends of a time spacing."""
+    if not rho > 0:
+        raise OptionError(f"grid 'karras': rho must be above 0, got {rho!r}")
     high, low = _span(path, sigma_min, sigma_max, _within(path, n, within, offset))
     root = high ** (1 / rho) + (low ** (1 / rho) - high ** (1 / rho)) * _ramp(n)
     return _ends(path, root**rho, high, low)

@@ -134,16 +134,32 @@ class Register:
         return Part(entry.name, self._plain(entry.name, entry.options))
 
     def _plain(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options as JSON reads them back, so that a saved part equals the one that was given."""
-        try:
-            found: dict[str, Any] = json.loads(json.dumps(dict(options)))
-        except (TypeError, ValueError) as error:
-            raise OptionError(f"{self.what} {name!r}: an option cannot be saved: {error}") from None
-        return found
+        return plain(f"{self.what} {name!r}", options)
 
     def _place(self, part: Part) -> tuple[int, int, str]:
         kind = self.kinds[part.name]
         return self.stages.index(kind.stage), kind.rank, part.name
+
+
+def plain(what: str, options: Any) -> dict[str, Any]:
+    """Options as JSON reads them back, so that what is saved equals what was given; arrays and tensors become lists.
+
+    Raises:
+        OptionError: if they are no dict, or one cannot be saved.
+    """
+    if not isinstance(options, Mapping):
+        raise OptionError(f"{what}: options are a dict, got {options!r}")
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(dict(options), default=_listed))
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{what}: an option cannot be saved: {error}") from None
+    return found
+
+
+def _listed(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{value!r} is a {type(value).__name__}")
 
 
 def refuse_clashes(parts: Sequence[tuple[Register, Part]]) -> None:

@@ -113,9 +113,13 @@ class Sampler:
         """All options, with `given` in place of defaults.
 
         Raises:
-            OptionError: if one is unknown.
+            OptionError: if one is unknown, or a text where the default is a number or a switch.
         """
         no_leftover(f"sampler {self.name!r}", given, self.defaults)
+        for key, value in given.items():
+            if isinstance(value, str) and isinstance(self.defaults[key], (bool, int, float)):
+                wanted = "true or false" if isinstance(self.defaults[key], bool) else "a number"
+                raise OptionError(f"sampler {self.name!r}: {key} must be {wanted}, got {value!r}")
         return self.defaults | dict(given)
 
     def order_of(self, **given: Any) -> float:

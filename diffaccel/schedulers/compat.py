@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import OptionError
-from ..samplers.registry import get
+from ..samplers.parts import plain
+from ..samplers.registry import REGISTRY, Sampler, get
 from . import from_config as reader
 from .artifacts import advised
 from .origins import ORIGINS
@@ -71,6 +72,31 @@ def merged(cls: Any, config: Mapping[str, Any], given: Mapping[str, Any]) -> tup
     return _complete(cls, settings), foreign | ({"_class_name": cls.__name__} if "_class_name" in foreign else {})
 
 
+def saved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`sampler` and the options in a config as its file will hold them; a sampler of the user's own is registered.
+
+    Raises:
+        OptionError: an option that cannot be saved, or a sampler whose name another one has.
+    """
+    found: dict[str, Any] = {}
+    name = config["sampler"]
+    if isinstance(name, Sampler):
+        if REGISTRY.setdefault(name.name, name) is not name:
+            raise OptionError(
+                f"sampler={name.name!r}: another sampler is registered under this name; rename yours with "
+                "dataclasses.replace(sampler, name=...)"
+            )
+        found["sampler"] = name = name.name
+    chosen, takes = config["sampler_options"], get(name).calibrated
+    if chosen is not None:
+        data = {} if takes is None or takes.option not in chosen else {takes.option: chosen[takes.option]}
+        rest = chosen if not data else {k: v for k, v in chosen.items() if k not in data}
+        found["sampler_options"] = plain(f"sampler {name!r}", rest) | data
+    if config["grid_options"] is not None:
+        found["grid_options"] = plain(f"grid {config['grid']!r}", config["grid_options"])
+    return found
+
+
 def _sampler_settings(
     cls: Any, config: Mapping[str, Any], ours: Mapping[str, Any], loose: dict[str, Any], names: set[str]
 ) -> dict[str, Any]:
@@ -86,7 +112,10 @@ def _sampler_settings(
             f"{', '.join(sorted(known.defaults)) or 'none'}. The scheduler takes: {', '.join(sorted(names))}."
         )
     kept = config.get("sampler_options") if before is known and "sampler_options" not in ours else None
-    options = {**(kept or {}), **(ours.get("sampler_options") or {}), **loose}
+    stated = ours.get("sampler_options") or {}
+    if not isinstance(stated, Mapping):
+        raise OptionError(f"sampler_options is a dict of options of {known.name!r}, got {stated!r}")
+    options = {**(kept or {}), **stated, **loose}
     # the artifact of a config of ours goes with the sampler, and gives way to the option that it would fill in
     filled = known.calibrated is not None and known.calibrated.option in options
     artifact = ours.get("artifact", config.get("artifact") if before is known and not filled else None)

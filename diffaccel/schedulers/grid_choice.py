@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..core.grid import GRIDS
@@ -22,16 +23,19 @@ def grid_settings(seen: Seen, family: str) -> dict[str, Any]:
     The user's grid comes first, then one that our own config holds, then the switches and the spacing that the config
     states.
     """
+    given = seen.explicit.get("grid_options") or {}
+    if not isinstance(given, Mapping):
+        raise OptionError(f"grid_options is a dict of options of the grid, got {given!r}")
     final = one_of("final_sigmas_type", seen.explicit.get("final_sigmas_type") or "zero", ("zero", "sigma_min"))
     if seen.says("grid"):
         name = one_of("grid", seen.explicit["grid"], GRIDS)
         # the options in a config belong to the config's grid, not to one that the user names now
         own = "grid" in seen.chosen and "grid_options" not in seen.chosen
-        options = {} if own else dict(seen.explicit.get("grid_options") or {})
+        options = {} if own else dict(given)
     else:
         found, options = _asked(seen, family)
         name = found or ""
-        options = {**options, **(seen.explicit.get("grid_options") or {})}
+        options = {**options, **given}
     return {"grid": name or None, "grid_options": options, "final_sigmas_type": final}
 
 

@@ -63,7 +63,10 @@ def first_call(run: Run, timestep: Any) -> int:
             f"the first step of this run was given timestep {value:g}, which is none of its timesteps "
             f"{[round(t, 3) for t in run.cpu_timesteps.tolist()]}"
         )
-    return int(near.nonzero()[0])
+    at = int(near.nonzero()[0])
+    while at and at + 1 < len(run) and near[at + 1] and not run.table.rows[at].opens:
+        at += 1  # both calls of a Heun step are fed one timestep: a run begins at the one that opens an interval
+    return at
 
 
 def output_for(output: Any, x: torch.Tensor) -> torch.Tensor:

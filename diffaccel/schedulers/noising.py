@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ..core.node import Node
 from ..core.path import Path
+from ..errors import RunError
 from .run import Run
 
 
@@ -16,10 +18,10 @@ def node_for(run: Run | None, path: Path, timesteps: torch.Tensor) -> list[Node]
 
     While a run is on, the pipeline means the level of the state that it holds (inpainting renoises to the node just
     reached); the counter tells it without reading the tensor, and tells repeated timesteps apart. Before the first
-    call of a run that was told where it begins, that node is meant. Otherwise, and when the run is over, each value is
-    looked up: among the run's timesteps, else on the path.
+    call of a run that was told where it begins, that node is meant. Otherwise, when the run is over, and for samples
+    of several timesteps, each value is looked up: among the run's timesteps, else on the path.
     """
-    if run is not None:
+    if run is not None and (timesteps.numel() < 2 or bool((timesteps == timesteps.flatten()[0]).all())):
         if run.counter is not None and run.counter < len(run):
             return [run.nodes[run.counter]]
         if run.counter is None and run.begin is not None:
@@ -33,6 +35,18 @@ def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor | float
         return values[0]
     work = torch.float64 if like.dtype == torch.float64 else torch.float32
     return torch.tensor(values, dtype=work, device=like.device).view(-1, *(1,) * (like.ndim - 1))
+
+
+def in_number(timesteps: Any, samples: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The timesteps as a tensor.
+
+    Raises:
+        RunError: if there is neither one for all samples nor one for each.
+    """
+    found = torch.as_tensor(timesteps)
+    if found.numel() not in (0, 1, len(samples), len(noise)):  # none: img2img at strength 0
+        raise RunError(f"{found.numel()} timesteps for {len(samples)} samples: pass one, or one for each sample")
+    return found
 
 
 def noised(x0: torch.Tensor, noise: torch.Tensor, nodes: Sequence[Node]) -> torch.Tensor:

@@ -13,7 +13,7 @@ import diffusers
 import diffusers.schedulers
 from diffusers import SchedulerMixin
 
-from ..errors import PathError
+from ..errors import OptionError, PathError
 
 BASIC = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
@@ -71,6 +71,8 @@ ORIGINS: dict[str, Origin] = {
     "EDMEulerScheduler": Origin("edm"),
     "CosineDPMSolverMultistepScheduler": Origin("edm", time="atan"),
 }
+
+USUAL = ("FlowMatchHeunDiscreteScheduler", "CogVideoXDDIMScheduler", "LCMScheduler", "KDPM2DiscreteScheduler")
 
 _DISCRETE = "it denoises discrete tokens, which have no Gaussian path"
 _DISTILLED = "its model is distilled for its own sampler"
@@ -147,8 +149,8 @@ def infer(config: Mapping[str, Any]) -> str | None:
         if known.keys() <= config.keys() and known.keys() >= set(listed):
             # a few values may have been registered anew since
             fits[name] = (len(known), sum(_same(config[k], known[k]) for k in listed))
-    # of classes with the same arguments and defaults (DDIM, DDIMParallel) the plainest name
-    best = sorted((name for name, fit in fits.items() if fit == max(fits.values())), key=len)
+    # of classes with the same arguments and defaults (DDIM, DDIMParallel) the usual one, else the plainest name
+    best = sorted((n for n, fit in fits.items() if fit == max(fits.values())), key=lambda n: (n not in USUAL, len(n)))
     return best[0] if best and len({ORIGINS.get(name) for name in best}) == 1 else None
 
 
@@ -206,7 +208,10 @@ class Seen:
 
     def on(self, key: str) -> bool:
         """Whether a switch is explicitly on."""
-        return bool(self.explicit.get(key, False))
+        value = self.explicit.get(key, False)
+        if isinstance(value, str):
+            raise OptionError(f"{key} must be true or false, got {value!r}")
+        return bool(value)
 
     def number(self, key: str, default: Any = None) -> float | None:
         """A finite or infinite number under a key."""

@@ -28,6 +28,9 @@ MU = (
 )
 
 
+TRIED = 12  # calls of a trial: more than any sampler's history, and even
+
+
 def plan(
     settings: Mapping[str, Any],
     sampler: Sampler,
@@ -53,6 +56,18 @@ def plan(
         nodes = _given(path, min(n, calls), calls, sigmas, timesteps, final)
         traced = calls if n <= calls else None  # a sampler that skips: these are its nodes, it calls fewer
     return run_on(nodes, sampler, options, traced, device)
+
+
+def tried(settings: Mapping[str, Any], sampler: Sampler, options: dict[str, Any]) -> None:
+    """Trace a run of some calls on the path's own grid, so that wrong options of the sampler show at once.
+
+    Raises:
+        OptionError: an option that the sampler's loop refuses.
+    """
+    path = path_of(settings, mu=1.0)
+    grid, _, final = grid_of({**settings, "grid": None, "grid_options": None})
+    nodes = grid_nodes(path, sampler.intervals_of(TRIED, **options), grid, final=final)
+    sampler.trace(sampler.placed(nodes, options), TRIED, **options)
 
 
 def run_on(nodes: Nodes, sampler: Sampler, options: dict[str, Any], calls: int | None, device: Any) -> Run:

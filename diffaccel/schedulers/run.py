@@ -296,6 +296,15 @@ class PerThread:
         self._local.run = run
         self._last = run
 
+    @property
+    def generator(self) -> Any:
+        """What this thread draws noise from where a step is given nothing."""
+        return getattr(self._local, "generator", None)
+
+    @generator.setter
+    def generator(self, value: Any) -> None:
+        self._local.generator = value
+
     def need(self) -> Run:
         """The run, or an error that says how to begin one."""
         run = self.get()

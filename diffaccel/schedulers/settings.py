@@ -13,7 +13,7 @@ from ..core.families import betas
 from ..core.grid import GRIDS
 from ..core.path import Path
 from ..core.prediction import Output
-from ..errors import PathError, one_of
+from ..errors import OptionError, PathError, one_of
 
 FAMILIES = ("vp", "flow", "edm")
 PREDICTIONS = {
@@ -21,6 +21,7 @@ PREDICTIONS = {
     "flow": ("flow_prediction",),
     "edm": ("epsilon", "v_prediction"),
 }
+SWITCHES = ("thresholding", "clip_sample", "rescale_betas_zero_snr", "use_dynamic_shifting")
 
 
 def check(settings: Mapping[str, Any]) -> None:
@@ -32,6 +33,9 @@ def check(settings: Mapping[str, Any]) -> None:
         raise PathError(f"prediction_type {kind!r} does not belong to a {family} path; it needs {wanted}")
     if settings.get("grid") is not None:
         one_of("grid", settings["grid"], GRIDS)
+    for name in SWITCHES:
+        if settings.get(name) not in (None, False, True):
+            raise OptionError(f"{name} must be true or false, got {settings[name]!r}")
     one_of("final_sigmas_type", settings.get("final_sigmas_type", "zero"), ("zero", "sigma_min"))
     if family == "vp" and settings.get("rescale_betas_zero_snr") and kind == "epsilon":
         raise PathError(

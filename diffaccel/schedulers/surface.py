@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from ..core.table import Table
 from ..errors import OptionError, RunError
 from .from_config import grid_of, output_of, path_of
 from .guards import first_call, training_steps
-from .noising import node_for, noised, velocity
+from .noising import in_number, node_for, noised, velocity
 from .run import PerThread
+
+logger = logging.getLogger(__name__)
 
 
 class Surface:
@@ -28,10 +31,11 @@ class Surface:
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """`alpha x0 + sigma noise` at the level that `timesteps` (one value, or one a sample) means.
 
-        During a run that is the level of the state just reached; else each value is looked up on the path, so that
-        training code gets what it asks for. Shapes and dtype of `original_samples`.
+        During a run one value is the level of the state just reached; else each value is looked up on the path, so
+        that training code gets what it asks for. Shapes and dtype of `original_samples`.
         """
-        return noised(original_samples, noise, node_for(self._runs.get(), path_of(self.config), timesteps))
+        times = in_number(timesteps, original_samples, noise)
+        return noised(original_samples, noise, node_for(self._runs.get(), path_of(self.config), times))
 
     def scale_noise(
         self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor | None = None
@@ -39,13 +43,40 @@ class Surface:
         """`add_noise` in the argument order of flow pipelines."""
         if noise is None:
             raise RunError("scale_noise needs the noise: scale_noise(sample, timestep, noise)")
-        return self.add_noise(sample, noise, torch.as_tensor(timestep))
+        return self.add_noise(sample, noise, timestep)
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The v-prediction target at training timesteps; only VP models are trained on it."""
         if self.config.path != "vp":
             raise RunError(f"get_velocity is for VP models; this path is {self.config.path!r}")
-        return velocity(sample, noise, node_for(None, path_of(self.config), timesteps))
+        return velocity(sample, noise, node_for(None, path_of(self.config), in_number(timesteps, sample, noise)))
+
+    @property
+    def generator(self) -> torch.Generator | list[torch.Generator] | None:
+        """Where this thread's runs draw noise when `step` is given no generator; a list has one for each image.
+
+        Pipelines of flow models (SD3, FLUX, Qwen-Image, Wan, ...) and of DiT pass none: without it a sampler that
+        draws noise takes torch's global generator there, and `pipe(generator=...)` decides the first noise only.
+        """
+        return self._runs.generator
+
+    @generator.setter
+    def generator(self, value: torch.Generator | list[torch.Generator] | None) -> None:
+        found = value if isinstance(value, list) else [value]
+        if value is not None and not all(isinstance(g, torch.Generator) for g in found):
+            raise OptionError(f"scheduler.generator is a torch.Generator, a list of them, or None; got {value!r}")
+        self._runs.generator = value
+
+    def _noise_source(self) -> Any:
+        """`generator`; where there is none, a word on flow paths, whose pipelines keep theirs to themselves."""
+        if self.generator is None and self.config.path == "flow" and not self.__dict__.get("_told"):
+            self._told = True
+            logger.warning(
+                "%s draws noise from torch's global generator: step was given none (pipelines of flow models pass none "
+                "on). For images that can be made again set scheduler.generator",
+                self.config.sampler,
+            )
+        return self.generator
 
     # ------------------------------------------------------------------ what pipelines read
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:

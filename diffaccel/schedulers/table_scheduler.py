@@ -23,13 +23,13 @@ from ..samplers.begin import begin_at
 from ..samplers.registry import Sampler
 from ..samplers.rewrite import REWRITERS, rewritten
 from .artifacts import beside, calibrated_options, entry_of, placed_by
-from .compat import COMPATIBLES, NEAREST, merged
+from .compat import COMPATIBLES, NEAREST, merged, saved
 from .feed import is_fed
 from .from_config import BETA_KEYS, check, output_of, path_of
 from .guards import check_finite, first_call, numbers, only_neutral, output_for, state_for
 from .measured import measured, where_measured
 from .part_options import with_part
-from .plan import calls_of, edited, fitting, plan, refuse_nodes
+from .plan import calls_of, edited, fitting, plan, refuse_nodes, tried
 from .policy import POLICIES, policy_of, target_of
 from .registration import public, register_library
 from .run import PerThread, Run, advance
@@ -146,22 +146,25 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         parts = with_part(type(self), {}, {"rewrite": rewrite, "policy": policy}, set())
         for key, register in (("rewrite", REWRITERS), ("policy", POLICIES)):
             self.register_to_config(**{key: [part.to_config() for part in register.read(parts[key])] or None})
+        self.register_to_config(**saved(self.config))
         self._runs = PerThread()
         self._check()
 
     def _check(self) -> None:
-        """Every option, at once: a wrong one must not wait for the first run."""
+        """What can be known without a run: a wrong option must not wait for the first one."""
         check(self.config)
         self._artifact, self._filled = None, {}
         found, _ = self._sampler()
-        chosen, given = self.config.sampler_options, self.config.artifact
-        self._artifact, self._filled = calibrated_options(found, chosen, given, self.config)
+        asked = self.config.sampler_options
+        self._artifact, self._filled = calibrated_options(found, asked, self.config.artifact, self.config)
         if self._artifact is not None:
             self.register_to_config(artifact=entry_of(self._artifact))
         output_of(self.config)
         policy_of(self.config)
         target_of(self.config)
         one_of("check_finite", self.config.check_finite, ("cpu", "always", "never"))
+        if asked and found.calibrated is None and not found.rewrites:
+            tried(self.config, *self._sampler())
 
     # ------------------------------------------------------------------ building
     @classmethod
@@ -235,7 +238,7 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         return [c for c in found if c is not None and not getattr(c, "_backends", None)]
 
     def portable(self) -> SchedulerMixin:
-        """The nearest scheduler of diffusers itself, for saving a pipeline that people without diffaccel can load."""
+        """A scheduler of the class that the config came from (else of the usual one), for people without diffaccel."""
         kind = getattr(diffusers, self.config.source_class or NEAREST[self.config.path])
         known = kind._get_init_keys(kind) - (set() if self.config.path == "vp" else set(BETA_KEYS))
         kept = {k: v for k, v in self.config.items() if k in known}
@@ -315,8 +318,8 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
             model_output: of the shape of `sample`, or with twice its channels (learned variance; dropped).
             timestep: read once, at the first call of a run that was not told where it begins.
             sample: the state handed to the model, any shape; edits made to it between calls are kept.
-            generator: for samplers that draw noise; a list has one for each image.
-            return_dict: an output class, or the tuple (next state, x0-prediction).
+            generator: for samplers that draw noise; a list has one for each image. None: `scheduler.generator`.
+            return_dict: an output class, or the tuple (next state, x0-prediction); edit a copy of the latter.
             kwargs: what pipelines pass unasked is accepted at its neutral value; anything else is an error.
 
         Returns:
@@ -347,16 +350,24 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
             run.notes.append(f"call {i}: the state became {tuple(x.shape)}; the history was dropped")
             run = self._ready(run, x)
             self._compile(run, i)
-        state, x0 = advance(run, run.rows[i - run.start], x, output, generator)
+        row = run.rows[i - run.start]
+        if row.row.draws and generator is None:
+            generator = self._noise_source()
+        state, x0 = advance(run, row, x, output, generator)
         if run.shifts is not None:
-            draw = run.draws[0] if run.rows[i - run.start].row.draws else None
+            draw = run.draws[0] if row.row.draws else None
             state, x0 = run.shifts(i - run.start, x, output, state, x0, draw)
         if run.watch and (x.device.type == "cpu" or run.watch == "always"):
             check_finite(state, output, i, len(run))
         run.counter = i + 1
         if dtype is not x.dtype:
             state, x0 = state.to(dtype), x0.to(dtype)
-        return TableSchedulerOutput(prev_sample=state, pred_original_sample=x0) if return_dict else (state, x0)
+        if not return_dict:
+            return state, x0
+        shared = x0 is model_output or (
+            run.history and x0 is run.history[0]
+        )  # edited previews must not reach later rows
+        return TableSchedulerOutput(prev_sample=state, pred_original_sample=x0.clone() if shared else x0)
 
     def _open(self, timestep: Any, sample: torch.Tensor) -> Run:
         """The first call of a run: honour edits of `sigmas`, find where it begins, compile."""
