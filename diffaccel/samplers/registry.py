@@ -117,8 +117,8 @@ class Sampler:
         """
         no_leftover(f"sampler {self.name!r}", given, self.defaults)
         for key, value in given.items():
-            if isinstance(value, str) and isinstance(self.defaults[key], (bool, int, float)):
-                wanted = "true or false" if isinstance(self.defaults[key], bool) else "a number"
+            wanted = _instead_of_text(self.defaults[key], value) if isinstance(value, str) else None
+            if wanted:
                 raise OptionError(f"sampler {self.name!r}: {key} must be {wanted}, got {value!r}")
         return self.defaults | dict(given)
 
@@ -224,6 +224,13 @@ def sampler(
         return loop
 
     return register
+
+
+def _instead_of_text(default: Any, text: str) -> str | None:
+    """What belongs in the place of a text, if that is certain; a switch may have other settings than on and off."""
+    if isinstance(default, bool):
+        return "true or false" if text.lower() in ("yes", "no", "on", "off", "true", "false") else None
+    return "a number" if isinstance(default, (int, float)) else None
 
 
 def add(made: Sampler) -> Sampler:

@@ -19,9 +19,9 @@ def node_for(run: Run | None, path: Path, timesteps: torch.Tensor) -> list[Node]
     While a run is on, the pipeline means the level of the state that it holds (inpainting renoises to the node just
     reached); the counter tells it without reading the tensor, and tells repeated timesteps apart. Before the first
     call of a run that was told where it begins, that node is meant. Otherwise, when the run is over, and for samples
-    of several timesteps, each value is looked up: among the run's timesteps, else on the path.
+    of several timesteps (read on the CPU only), each value is looked up: among the run's timesteps, else on the path.
     """
-    if run is not None and (timesteps.numel() < 2 or bool((timesteps == timesteps.flatten()[0]).all())):
+    if run is not None and (timesteps.device.type != "cpu" or len(set(timesteps.flatten().tolist())) < 2):
         if run.counter is not None and run.counter < len(run):
             return [run.nodes[run.counter]]
         if run.counter is None and run.begin is not None:

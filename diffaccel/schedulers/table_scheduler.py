@@ -155,16 +155,15 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         check(self.config)
         self._artifact, self._filled = None, {}
         found, _ = self._sampler()
-        asked = self.config.sampler_options
-        self._artifact, self._filled = calibrated_options(found, asked, self.config.artifact, self.config)
+        chosen, given = self.config.sampler_options, self.config.artifact
+        self._artifact, self._filled = calibrated_options(found, chosen, given, self.config)
         if self._artifact is not None:
             self.register_to_config(artifact=entry_of(self._artifact))
         output_of(self.config)
         policy_of(self.config)
         target_of(self.config)
         one_of("check_finite", self.config.check_finite, ("cpu", "always", "never"))
-        if asked and found.calibrated is None and not found.rewrites:
-            tried(self.config, *self._sampler())
+        tried(self.config, *self._sampler())
 
     # ------------------------------------------------------------------ building
     @classmethod
@@ -376,8 +375,7 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         run.watch = "" if self.config.check_finite == "never" else self.config.check_finite
         if start < len(run) and not (run.prepared and start == run.start):
             self._compile(run, start)
-        run.prepared = False
-        run.counter = start
+        run.prepared, run.counter = False, start
         return run
 
     def _ready(self, run: Run, sample: torch.Tensor) -> Run:
