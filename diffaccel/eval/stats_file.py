@@ -228,7 +228,7 @@ def stats(
 
 
 def _open(source: Any, reading: dict[str, Any]) -> Images:
-    return open_images(source, **{k: reading[k] for k in ("alpha", "unreadable") if k in reading})
+    return open_images(source, **{k: reading[k] for k in ("alpha", "unreadable", "expected") if k in reading})
 
 
 def _measure(images: Images, features: Any, weights: Any, reading: dict[str, Any]) -> Stats:
@@ -254,7 +254,8 @@ def pair(
     no_leftover("a metric", reading, _READING)
     name = features if isinstance(features, str) or features is None else getattr(features, "id", None)
     # both are opened before either is measured: a wrong path is told at once
-    sides = [known(x, name, kernel) or _open(x, reading) for x in (a, b)]
+    options = [reading, {k: v for k, v in reading.items() if k != "expected"}]
+    sides = [known(x, name, kernel) or _open(x, o) for x, o in zip((a, b), options)]
     for side in sides:
         if isinstance(side, Stats) and side.features is None:
             raise OptionError(
@@ -265,7 +266,6 @@ def pair(
     ids = {s.features for s in sides if isinstance(s, Stats)}
     if features is None:
         features = next(iter(ids - {GIVEN}), DEFAULT)
-    options = [reading, {k: v for k, v in reading.items() if k != "expected"}]
     left, right = (
         side if isinstance(side, Stats) else _measure(side, features, weights, o) for side, o in zip(sides, options)
     )
