@@ -105,7 +105,7 @@ def unreadable_error(bad: list[ImageError]) -> ImageError:
 
 def natural(name: str) -> tuple[Any, ...]:
     """Sort key: numbers by value, so that 2.png comes before 10.png; the name itself decides ties (01 and 1)."""
-    return ([(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"([0-9]+)", name) if p], name)
+    return ([(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"([0-9]+)", name) if p], name)
 
 
 def open_images(
@@ -160,7 +160,7 @@ def _open_path(path: Path, alpha: str | None, expected: int | None) -> Images:
         generated = Folder(path)
         if generated.manifest.exists() and generated.lines.exists():
             return _open_generated(generated, alpha, expected)
-        files = [f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()]
+        files = [f for f in _files(path) if f.suffix.lower() in SUFFIXES]
         names = sorted((f.relative_to(path).as_posix() for f in files), key=natural)
         return Images(str(path), names, lambda i: path / names[i], alpha)
     if not path.exists():
@@ -177,6 +177,18 @@ def _open_path(path: Path, alpha: str | None, expected: int | None) -> Images:
     if path.suffix.lower() in SUFFIXES:
         return Images(str(path.parent), [path.name], lambda i: path, alpha)
     raise ImageError(f"cannot read images from {path}: give a folder, .zip, .npz or .npy")
+
+
+def _files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """All files below a folder, through links too, but not through one that leads back to a folder above it."""
+    real = folder.resolve()
+    if real in above:
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _files(entry, above | {real})
+        elif entry.is_file():
+            yield entry
 
 
 def _open_generated(folder: Folder, alpha: str | None, expected: int | None) -> Images:

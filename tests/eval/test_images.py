@@ -89,6 +89,19 @@ def test_order(tmp_path: Path) -> None:
     assert sorted(["img12", "img2", "img1"], key=natural) == ["img1", "img2", "img12"]
 
 
+def test_numbers_are_those_of_ascii() -> None:
+    assert sorted(["1\u00b22.png", "10.png", "2.png"], key=natural) == ["1\u00b22.png", "2.png", "10.png"]
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    folder(tmp_path / "elsewhere", X[:2])
+    f = folder(tmp_path / "f", X[:1])
+    (f / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(f)
+    (f / "broken.png").symlink_to(tmp_path / "nowhere.png")
+    assert open_images(f).names == ["0.png", "linked/0.png", "linked/1.png"]
+
+
 def test_float_is_rounded_as_diffusers_does() -> None:
     from diffusers.image_processor import VaeImageProcessor
 
