@@ -10,7 +10,8 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +110,8 @@ class Driver:
             more["callback_on_step_end"] = keep
         network = denoiser(self.pipe)
         start = _now(network)
-        with Passes(network, self._on_call, generators) as passes, torch.no_grad():
+        noise = _noise_of(generators, self.pipe.scheduler, next(network.parameters()).device)
+        with noise, Passes(network, self._on_call, generators) as passes, torch.no_grad():
             found = self.pipe(
                 **{self.key: given},
                 **self.options,
@@ -124,6 +126,30 @@ class Driver:
             raise OptionError(f"{type(self.pipe).__name__} makes {', '.join(found)}, not images")
         state = last[0].detach().float().cpu() if last else None
         return Driven(np.asarray(found.images), state, passes.calls, seconds, passes.inside, noisy)
+
+
+@contextmanager
+def _noise_of(generators: list[torch.Generator], scheduler: Any, device: torch.device) -> Iterator[None]:
+    """All noise comes from these generators: also that of a scheduler whose pipeline gives it none (SD3, FLUX), and
+    what is drawn from torch's own source, which is seeded by them and put back."""
+    digest = hashlib.sha256(repr([g.initial_seed() for g in generators]).encode()).digest()
+    seed = int.from_bytes(digest[:8], "big") >> 1
+    on_gpu = device.type == "cuda"
+    # schedulers of this package have the attribute; it is their source where `step` gets no generator
+    takes_them = hasattr(scheduler, "generator")
+    before = scheduler.generator if takes_them else None
+    with torch.random.fork_rng([device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        try:
+            if takes_them:
+                scheduler.generator = generators
+            yield
+        finally:
+            if takes_them:
+                scheduler.generator = before
 
 
 def _label(text: str) -> int:

@@ -17,8 +17,9 @@ from diffaccel.artifact import Receipt, path_identity
 from diffaccel.cli import main
 from diffaccel.errors import DiffaccelError, OptionError, RunError
 from diffaccel.identity import model_identity
-from diffaccel.parallel.generate import tasks_for, to_pixels
+from diffaccel.parallel.generate import generate, tasks_for, to_pixels
 from diffaccel.pipelines.recipe import Choice, Recipe
+from diffaccel.samplers.registry import samplers
 from diffaccel.schedulers.from_config import read
 from diffaccel.testing.pipelines import build
 
@@ -131,6 +132,39 @@ def test_a_nan_is_counted_and_does_not_end_the_run(scheduler):
     pipe.scheduler = painter.scheduler_for(pipe.scheduler.config, type(pipe.scheduler), scheduler, {})
     images = painter.Painter(pipe, 3, SIZE)(TASKS).images
     assert [to_pixels(image)[1] for image in images] == ["nan", "nan"]
+
+
+@pytest.mark.parametrize(
+    "scheduler, options",
+    [
+        ("dpmpp_2m_sde", {}),  # SD3 gives its scheduler no generator
+        ("DPMSolverSDEScheduler", {}),  # draws a seed from torch's own source
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+    ],
+)
+def test_noise_that_no_generator_is_given_for(scheduler, options, tmp_path):
+    """The same bytes in two folders, also where a batch is made again; and torch's own source is left alone."""
+    if scheduler == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde")
+    pipe = models.load("tiny-sd" if scheduler == "DPMSolverSDEScheduler" else "tiny-flow")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = painter.scheduler_for(pipe.scheduler.config, type(pipe.scheduler), scheduler, options)
+    if scheduler in samplers() and not hasattr(pipe.scheduler, "generator"):
+        pytest.skip("this scheduler cannot be given generators")
+    paint = painter.Painter(pipe, 5, SIZE)
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+
+    def fill(out: Path) -> list[bytes]:
+        generate(paint, tasks_for(["a coat"] * 4, range(4)), out, batch=2, recipe={}, progress=False)
+        return [p.read_bytes() for p in sorted(out.rglob("*.png"))]
+
+    first = fill(tmp_path / "a")
+    assert torch.equal(torch.get_rng_state(), state) and len(set(first)) == 4
+    torch.manual_seed(8)
+    assert fill(tmp_path / "b") == first
+    (tmp_path / "b/000000/000002.png").unlink()
+    assert fill(tmp_path / "b") == first
 
 
 def test_every_pass_can_be_interrupted():
