@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import ArtifactError, OptionError, no_leftover
+from .errors import ArtifactError, OptionError, RunError, no_leftover
 
 SAMPLE = 64  # values of each tensor that the hash of a checkpoint reads
+SIDES = ("height", "width")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,39 @@ def classes(pipe: Any) -> int | None:
     return config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
 
 
+def sized(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` of a pipeline's call with both sides of an image, or with none: pipelines of Stable Diffusion take
+    their own size without a word unless both are given.
+
+    Raises:
+        OptionError: a side below 1 pixel, or one side alone where the pipeline's own size is not known.
+    """
+    given = {k: options[k] for k in SIDES if options.get(k) is not None}
+    for side, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise OptionError(f"{side} is a whole number of pixels, 1 or more; got {value!r}")
+    other = "width" if "height" in given else "height"
+    # an option that the call does not take is refused where the others are
+    if len(given) != 1 or other not in inspect.signature(pipe.__call__).parameters:
+        return dict(options)
+    own = _own_side(pipe, other)
+    if own is None:
+        raise OptionError(f"the own size of {type(pipe).__name__} is not known: give height and width, not one of them")
+    return {**options, other: own}
+
+
+def _own_side(pipe: Any, side: str) -> int | None:
+    """Height or width that a pipeline takes where none is given; None if it cannot be told."""
+    named = inspect.signature(pipe.__call__).parameters[side].default
+    if isinstance(named, int):
+        return named
+    found = getattr(pipe, "default_sample_size", None) or denoiser(pipe).config.get("sample_size")
+    if isinstance(found, (list, tuple)):
+        found = found[SIDES.index(side) - len(SIDES)] if len(found) >= len(SIDES) else None
+    factor = getattr(pipe, "vae_scale_factor", None)
+    return found * factor if isinstance(found, int) and isinstance(factor, int) else None
+
+
 class Driver:
     """Runs one pipeline for batches of prompts.
 
@@ -86,6 +120,7 @@ class Driver:
         needed = [k for k in needed if taken[k].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
         if needed:
             raise OptionError(f"{kind} needs {', '.join(needed)}, which is not made here")
+        self.options = sized(pipe, self.options)
         self.shows_latents = "callback_on_step_end" in taken
         self.takes_sigmas = "sigmas" in taken
 
@@ -124,8 +159,18 @@ class Driver:
         seconds = _now(network) - start
         if not hasattr(found, "images"):
             raise OptionError(f"{type(self.pipe).__name__} makes {', '.join(found)}, not images")
+        images = np.asarray(found.images)
+        self._check_size(images)
         state = last[0].detach().float().cpu() if last else None
-        return Driven(np.asarray(found.images), state, passes.calls, seconds, passes.inside, noisy)
+        return Driven(images, state, passes.calls, seconds, passes.inside, noisy)
+
+    def _check_size(self, images: np.ndarray) -> None:
+        if any(self.options.get(k) not in (None, n) for k, n in zip(SIDES, images.shape[1:3])):
+            asked, made = "x".join(str(self.options.get(k)) for k in SIDES), "x".join(map(str, images.shape[1:3]))
+            raise RunError(
+                f"{type(self.pipe).__name__} was asked for images of {asked} pixels (height x width) and made {made}; "
+                "ask for a size that it can make"
+            )
 
 
 @contextmanager

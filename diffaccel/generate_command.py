@@ -106,7 +106,7 @@ def _generate(args: argparse.Namespace, world: World) -> Report:
         pipe.scheduler = painter.scheduler_for(pipe.scheduler.config, type(pipe.scheduler), args.scheduler, options)
     if args.artifact and args.guidance is not None:
         check_guidance(pipe.scheduler.artifact, args.guidance)
-    call = models.CALL_DEFAULTS.get(args.model, {}) | call
+    call = drive.sized(pipe, models.CALL_DEFAULTS.get(args.model, {}) | call)
     recipe = tuned | {
         "pipeline": type(pipe).__name__,
         "weights": drive.fingerprint(pipe),

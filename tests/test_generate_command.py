@@ -173,6 +173,35 @@ def test_every_pass_can_be_interrupted():
     assert len(seen) == 3
 
 
+@pytest.mark.parametrize(
+    "name, call",
+    [("sd15", {"width": 48}), ("sdxl", {"height": 48}), ("sd3", {"height": 48, "max_sequence_length": 16})],
+)
+def test_one_side_alone_counts(name, call):
+    """The other is the pipeline's own, which it makes where none is given."""
+    pipe = build(name)
+    more = {k: v for k, v in call.items() if k not in drive.SIDES}
+    own = painter.Painter(pipe, 3, more)(TASKS[:1]).images.shape[1:3]
+    made = painter.Painter(pipe, 3, call)(TASKS[:1]).images.shape[1:3]
+    assert made == tuple(call.get(side, n) for side, n in zip(drive.SIDES, own)) != own
+
+
+def test_sizes_that_are_refused(monkeypatch):
+    pipe = build("sd15")
+    for wrong in (0, -8, 32.0):
+        with pytest.raises(OptionError, match="height is a whole number of pixels, 1 or more"):
+            painter.Painter(pipe, 2, {"height": wrong, "width": 32})
+    monkeypatch.setattr(pipe, "vae_scale_factor", None)
+    with pytest.raises(OptionError, match="give height and width"):
+        painter.Painter(pipe, 2, {"height": 32})
+
+
+def test_another_size_than_asked_for_is_an_error():
+    pipe = build("flux")  # rounds to whole tokens
+    with pytest.raises(RunError, match=r"asked for images of 33x32 pixels \(height x width\) and made 32x32"):
+        painter.Painter(pipe, 2, {"height": 33, "width": 32, "max_sequence_length": 16})(TASKS)
+
+
 # ---------------------------------------------------------------------- schedulers by name
 @pytest.mark.parametrize(
     "name, options, kind",
