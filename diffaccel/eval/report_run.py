@@ -151,8 +151,8 @@ def _floor(reference: Stats | None, features: str | None) -> dict[str, Any] | No
         return None
     half = len(values) // 2
     two = [Stats("half of the reference", features, half, v) for v in (values[:half], values[half : 2 * half])]
-    score = fid(*two)
-    return {"value": score.value, "low": score.low, "high": score.high, "raw": score.raw, "n": half}
+    score = fid(*two).to_dict()
+    return {k: score[k] for k in ("value", "low", "high", "raw")} | {"n": half}
 
 
 def _gap(found: Sequence[Row]) -> str:

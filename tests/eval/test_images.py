@@ -122,7 +122,7 @@ def test_a_saved_png_gives_the_same_fid(tmp_path: Path) -> None:
 
     for i, image in enumerate(VaeImageProcessor.numpy_to_pil(x.permute(0, 2, 3, 1).numpy())):
         image.save(tmp_path / f"{i}.png")
-    one, two = (fid(s, X, features=Pooled()) for s in (x, tmp_path))
+    one, two = (fid(s, coloured(30), features=Pooled()) for s in (x, tmp_path))
     assert (one.value, one.raw, one.low) == (two.value, two.raw, two.low)
 
 
@@ -249,12 +249,14 @@ def test_mixed_sizes(tmp_path: Path) -> None:
 def test_jpeg_on_one_side_duplicates_and_too_few(tmp_path: Path) -> None:
     png, jpeg = folder(tmp_path / "png"), folder(tmp_path / "jpg", suffix="jpg", quality=90)
     warned = fid(jpeg, png, features=Pooled()).warnings
-    assert len(warned) == 1 and "12 JPEG files" in warned[0]
-    assert fid(jpeg, jpeg, features=Pooled()).warnings == ()
+    assert "12 JPEG files" in warned[0]
+    many = folder(tmp_path / "many", coloured(24), suffix="jpg", quality=90)
+    assert fid(many, many, features=Pooled()).warnings == ()
     score = fid(np.concatenate([X, X[:3]]), X, features=Pooled(), expected=20)
     assert any("3 of 15 images are duplicates" in w for w in score.warnings)
     assert any("15 images where 20 were expected" in w for w in score.warnings)
-    assert fid(X, X[::-1], features=Pooled(), expected=12).warnings == ()
+    enough = coloured(24)
+    assert fid(enough, enough, features=Pooled(), expected=24).warnings == ()
 
 
 def test_zip_may_hold_a_file_that_is_no_image(tmp_path: Path) -> None:
