@@ -276,27 +276,30 @@ class Passes:
 
 # ---------------------------------------------------------------------- budgets of calls
 def calls_near(scheduler: Any, calls: int) -> dict[int, int] | None:
-    """`num_inference_steps` -> model calls that a scheduler makes with it (PNDM and Heun make more), near `calls`.
+    """`num_inference_steps` -> model calls that a scheduler makes with it (PNDM and Heun make more): all numbers up to
+    one more than `calls` (and on from there, where none of those can be done), until one makes exactly `calls`.
 
-    None if it needs what only its pipeline knows (mu): the count of the first batch decides then. A number that its
-    artifact has no table for is left out.
+    None if it needs what only its pipeline knows (mu): the count of the first batch decides then. A number that it
+    cannot do, or that its artifact has no table for, is left out.
     """
-    found = {}
-    for steps in dict.fromkeys([calls, calls - 1, calls + 1, (calls + 1) // 2, calls // 2]):
-        trial = copy.deepcopy(scheduler)
-        if steps < 1:
+    found: dict[int, int] = {}
+    unknown = False
+    likely = [calls, calls - 1, calls + 1, (calls + 1) // 2, calls // 2]
+    for steps in dict.fromkeys([*likely, *range(calls - 2, 0, -1), *range(calls + 2, calls + 9)]):
+        if steps < 1 or (steps > calls + 1 and found):
             continue
+        trial = copy.deepcopy(scheduler)
         try:
             trial.set_timesteps(steps)
         except ArtifactError:
             continue
-        except Exception:
-            # A scheduler that cannot do this number at all says so in the first batch, in its own words.
-            return None
+        except Exception:  # diffusers' schedulers raise whatever they like: for mu, and for too few steps
+            unknown = True
+            continue
         found[steps] = len(trial.timesteps)
         if found[steps] == calls:
             break
-    return found
+    return None if unknown and not found else found
 
 
 def steps_for(scheduler: Any, calls: int) -> int:
@@ -307,13 +310,21 @@ def steps_for(scheduler: Any, calls: int) -> int:
         ArtifactError: there is none because the scheduler's artifact has nothing for it.
     """
     near = calls_near(scheduler, calls)
-    if not near:
+    if near is None:
         return calls  # the first batch says why there is none
     exact = next((steps for steps, made in near.items() if made == calls), None)
     if exact is not None:
         return exact
-    copy.deepcopy(scheduler).set_timesteps(calls)  # an artifact says what it holds
-    shown = ", ".join(f"{made} ({steps} steps)" for steps, made in sorted(near.items()))
+    try:
+        copy.deepcopy(scheduler).set_timesteps(calls)
+    except ArtifactError:
+        raise  # it says what the artifact holds
+    except Exception:  # too few steps for this scheduler: what it can do is said below
+        pass
+    by_calls = {made: steps for steps, made in near.items()}
+    sides = [m for m in by_calls if m < calls], [m for m in by_calls if m > calls]
+    nearest = [choose(side) for choose, side in zip((max, min), sides) if side]
+    shown = ", ".join(f"{made} ({by_calls[made]} steps)" for made in nearest)
     raise OptionError(
         f"{type(scheduler).__name__} cannot spend exactly {calls} model calls; nearby it can make {shown}"
     )

@@ -6,6 +6,7 @@ import json
 import runpy
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -116,6 +117,18 @@ def test_a_budget_that_cannot_be_met():
     pipe.scheduler = painter.scheduler_for(pipe.scheduler.config, type(pipe.scheduler), "HeunDiscreteScheduler", {})
     with pytest.raises(OptionError, match=r"cannot spend exactly 4 model calls; nearby it can make 3 \(2 steps\)"):
         painter.Painter(pipe, 4, SIZE)
+
+
+@pytest.mark.parametrize("calls, steps", [(13, 4), (14, 5), (22, 13)])
+def test_every_budget_that_pndm_can_spend(calls, steps):
+    """Its Runge-Kutta start costs 9 calls more, and it cannot do fewer than 4 steps."""
+    scheduler = diffusers.PNDMScheduler()
+    assert drive.steps_for(scheduler, calls) == steps
+    scheduler.set_timesteps(steps)
+    assert len(scheduler.timesteps) == calls
+    for budget in (1, 3, 5, 12):
+        with pytest.raises(OptionError, match=rf"exactly {budget} model calls; nearby it can make 13 \(4 steps\)$"):
+            drive.steps_for(scheduler, budget)
 
 
 def test_a_wrong_count_is_an_error():
