@@ -42,6 +42,8 @@ def read_prompts(source: str | Path | Sequence[str]) -> list[str]:
         prompt = _prompt(entry)
         if prompt is None:
             raise OptionError(f"{name}, {place}: neither a string nor an object with {' or '.join(COLUMNS)}")
+        if any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise OptionError(f"{name}, {place}: holds a half of a surrogate pair, which is no character: {prompt!a}")
         found.append(prompt.strip())
     if not found:
         raise OptionError(f"{name} holds no prompts")

@@ -241,6 +241,9 @@ def test_scheduler_names(name, options, kind):
         ("unipcc", {}, "unknown scheduler 'unipcc'. Did you mean 'unipc'?"),
         ("EulerDiscretScheduler", {}, "Did you mean 'EulerDiscreteScheduler'?"),
         ("unipc", {"ordre": 3}, "ordre"),
+        ("VQDiffusionScheduler", {}, "cannot be made from this checkpoint's scheduler config: "),
+        ("AmusedScheduler", {}, "cannot be made from this checkpoint's scheduler config: "),
+        ("UnCLIPScheduler", {}, "cannot be made from this checkpoint's scheduler config: "),
         ("EulerDiscreteScheduler", {"order": 3}, "EulerDiscreteScheduler takes no option 'order'"),
     ],
 )

@@ -43,6 +43,7 @@ BAD = {
     "torn.jsonl": ('"a"\n{"prompt": \n', "torn.jsonl, line 2: no JSON"),
     "gap.jsonl": ('"a"\n\n"b"\n', "gap.jsonl, line 2: no JSON"),
     "number.jsonl": ('"a"\n7\n', "number.jsonl, line 2: neither a string nor an object"),
+    "half.jsonl": ('"a"\n"b \\ud800"\n', "half.jsonl, line 2: holds a half of a surrogate pair"),
     "null.json": ('["a", {"prompt": null}]', "null.json, entry 2: neither a string"),
     "a.parquet": ("x", "prompts are read from .txt, .csv"),
     "none": ("x", "prompts are read from"),

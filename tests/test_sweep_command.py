@@ -64,6 +64,8 @@ def test_the_embedded_models(name, tmp_path, capsys):
         (("--stock", "Uni"), "unknown stock scheduler 'Uni'. Did you mean 'UniPC'? Known: DPM++ 2M, UniPC, own"),
         (("--calls", "five"), "budgets are written"),
         (("--prompts", "nowhere.txt"), "nowhere.txt: cannot read the prompts"),
+        (("--seed", "-1"), "seeds are 0 or more and below 2**63, got -1"),
+        (("--seed", "9" * 20), "seeds are 0 or more and below 2**63"),
         (("--threads", "0"), "--threads is 1 or more"),
         (("--processes", "2"), "--processes 2 was asked for but 1 run"),
     ],

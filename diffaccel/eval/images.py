@@ -167,6 +167,8 @@ def _open_path(path: Path, alpha: str | None, expected: int | None) -> Images:
         raise ImageError(f"no file or folder {path}")
     if path.suffix.lower() == ".zip":
         archive = zipfile.ZipFile(path)
+        if any(i.flag_bits & 1 for i in archive.infolist()):
+            raise ImageError(f"{path} is encrypted: unpack it and give the folder")
         inside = (n for n in archive.namelist() if PurePosixPath(n).suffix.lower() in SUFFIXES)
         names = sorted((n for n in inside if not n.startswith("__MACOSX/")), key=natural)
         return Images(str(path), names, lambda i: io.BytesIO(archive.read(names[i])), alpha)

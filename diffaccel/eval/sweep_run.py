@@ -97,6 +97,8 @@ def sweep(
     texts = driver.key == "prompt"
     given = _prompts(pipe, prompts, texts)
     _check(calls, images, block, batch, teacher_calls, teacher_images)
+    if not 0 <= seed <= 2**63 - images:
+        raise OptionError(f"seeds are 0 or more and below 2**63, got {seed} for the first of {images} images")
     settings, notes = _settings(pipe, schedulers, stock, driver.takes_sigmas)
     last = stock_teacher(pipe.scheduler) if teacher is None else Setting("teacher", teacher)
     meter = Meter.open(reference, features, weights, clip if texts else None, str(device))

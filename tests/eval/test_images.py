@@ -234,6 +234,17 @@ def test_sources_that_are_refused(tmp_path: Path) -> None:
         from_item(3)
 
 
+def test_an_encrypted_zip_is_refused(tmp_path: Path) -> None:
+    file = folder(tmp_path / "f", X[:1]) / "0.png"
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as z:
+        z.write(file, "0.png")
+    data = bytearray((tmp_path / "z.zip").read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 8] |= 1  # the flag in the list of contents
+    (tmp_path / "z.zip").write_bytes(data)
+    with pytest.raises(ImageError, match=r"z\.zip is encrypted: unpack it"):
+        open_images(tmp_path / "z.zip")
+
+
 def test_mixed_sizes(tmp_path: Path) -> None:
     """Allowed with a note where the features resize; an error that names the sizes where they do not."""
     f = folder(tmp_path / "f", X)
