@@ -346,9 +346,9 @@ def fingerprint(pipe: Any) -> str:
 
 
 def plain_config(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's config as JSON, without the notes that diffusers keeps in it."""
+    """A scheduler's config as JSON, without the notes that diffusers keeps in it; infinite values are their names."""
     kept = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
-    return json.loads(json.dumps(kept, sort_keys=True, default=_as_list))
+    return json.loads(json.dumps(kept, sort_keys=True, default=_as_list), parse_constant=str)
 
 
 def _as_list(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -198,7 +199,13 @@ def _status(args: argparse.Namespace) -> int:
 def call_options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of the pipeline's call: of --call, --guidance, --height and --width."""
     found = key_values(args.call, "--call")
-    for key, value in (("guidance_scale", args.guidance), ("height", args.height), ("width", args.width)):
-        if value is not None:
-            found[key] = value
+    for name, key in (("guidance", "guidance_scale"), ("height", "height"), ("width", "width")):
+        value = getattr(args, name)
+        if value is None:
+            continue
+        if key in found:
+            raise OptionError(f"--{name} {value} and --call {key}={found[key]} are the same option: give one of them")
+        if not math.isfinite(value):
+            raise OptionError(f"--{name} is a finite number, got {value}")
+        found[key] = value
     return found

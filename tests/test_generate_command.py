@@ -308,6 +308,8 @@ def test_a_run_and_its_status(command, tmp_path, capsys):
         ({}, ("--call", "eta=0", "--call", "eta=1"), "--call eta is given twice"),
         ({}, ("--call", "etta=0"), "takes no option 'etta'. Did you mean 'eta'"),
         ({"height": 33}, (), "divisible by 8"),
+        ({"guidance": "nan"}, (), "--guidance is a finite number, got nan"),
+        ({"guidance": 5}, ("--call", "guidance_scale=7"), "--call guidance_scale=7 are the same option"),
     ],
 )
 def test_wrong_commands(command, tmp_path, capsys, changes, more, message):

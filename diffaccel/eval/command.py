@@ -101,6 +101,7 @@ def _compare(args: argparse.Namespace) -> int:
     _check_json(args.json)
     options = _reading(args)
     if args.metric == "cmmd":
+        options["weights"] = args.weights
         if args.features:
             options["features"] = args.features
         return _show(kernel.cmmd(args.a, args.b, estimator=args.estimator, **options), args.json)

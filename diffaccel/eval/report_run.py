@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
+from ..parallel.agree import plain
 from ..parallel.folder import locked
 from ..parallel.world import SoloWorld
 from . import plots
@@ -107,7 +108,7 @@ def write_report(store: Store, plan: Plan, meter: Meter) -> Report:
     if sheet is not None:
         pictures["grid.png"] = sheet[0]
     files = {
-        "report.json": json.dumps(data, indent=1, ensure_ascii=False) + "\n",
+        "report.json": json.dumps(plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.csv": _csv(data["rows"]),
         "index.html": page(data, pictures, sheet[1] if sheet else []),
     }

@@ -72,6 +72,7 @@ def test_refusals_are_one_line(
         ("fid", place / "a", place / "absent"): "no file or folder",
         ("fid", place / "a", place / "b", "--features", "dino"): "unknown features 'dino'",
         ("fid", place / "a", place / "b", "--weights", place / "no.pth"): "no Inception weights at",
+        ("cmmd", place / "a", place / "b", "--features", "inception-v3:tf", "--weights", "no.pth"): "weights at no.pth",
         ("clip", place / "a", place / "absent.txt", "--model", place / "clip"): "cannot read the prompts",
         ("stats", place / "a", "--out", place / "s.npz", "--unreadable", "ignore"): "unknown unreadable",
         ("stats", place / "a", "--out", place / "prompts.txt" / "s.npz", *clip): "prompts.txt is no folder",
