@@ -10,16 +10,18 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from .errors import ArtifactError, OptionError, no_leftover
+from .errors import ArtifactError, OptionError, RunError, no_leftover
 
 SAMPLE = 64  # values of each tensor that the hash of a checkpoint reads
+SIDES = ("height", "width")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,39 @@ def classes(pipe: Any) -> int | None:
     return config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
 
 
+def sized(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` of a pipeline's call with both sides of an image, or with none: pipelines of Stable Diffusion take
+    their own size without a word unless both are given.
+
+    Raises:
+        OptionError: a side below 1 pixel, or one side alone where the pipeline's own size is not known.
+    """
+    given = {k: options[k] for k in SIDES if options.get(k) is not None}
+    for side, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise OptionError(f"{side} is a whole number of pixels, 1 or more; got {value!r}")
+    other = "width" if "height" in given else "height"
+    # an option that the call does not take is refused where the others are
+    if len(given) != 1 or other not in inspect.signature(pipe.__call__).parameters:
+        return dict(options)
+    own = _own_side(pipe, other)
+    if own is None:
+        raise OptionError(f"the own size of {type(pipe).__name__} is not known: give height and width, not one of them")
+    return {**options, other: own}
+
+
+def _own_side(pipe: Any, side: str) -> int | None:
+    """Height or width that a pipeline takes where none is given; None if it cannot be told."""
+    named = inspect.signature(pipe.__call__).parameters[side].default
+    if isinstance(named, int):
+        return named
+    found = getattr(pipe, "default_sample_size", None) or denoiser(pipe).config.get("sample_size")
+    if isinstance(found, (list, tuple)):
+        found = found[SIDES.index(side) - len(SIDES)] if len(found) >= len(SIDES) else None
+    factor = getattr(pipe, "vae_scale_factor", None)
+    return found * factor if isinstance(found, int) and isinstance(factor, int) else None
+
+
 class Driver:
     """Runs one pipeline for batches of prompts.
 
@@ -85,6 +120,7 @@ class Driver:
         needed = [k for k in needed if taken[k].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
         if needed:
             raise OptionError(f"{kind} needs {', '.join(needed)}, which is not made here")
+        self.options = sized(pipe, self.options)
         self.shows_latents = "callback_on_step_end" in taken
         self.takes_sigmas = "sigmas" in taken
 
@@ -109,7 +145,8 @@ class Driver:
             more["callback_on_step_end"] = keep
         network = denoiser(self.pipe)
         start = _now(network)
-        with Passes(network, self._on_call, generators) as passes, torch.no_grad():
+        noise = _noise_of(generators, self.pipe.scheduler, next(network.parameters()).device)
+        with noise, Passes(network, self._on_call, generators) as passes, torch.no_grad():
             found = self.pipe(
                 **{self.key: given},
                 **self.options,
@@ -122,8 +159,42 @@ class Driver:
         seconds = _now(network) - start
         if not hasattr(found, "images"):
             raise OptionError(f"{type(self.pipe).__name__} makes {', '.join(found)}, not images")
+        images = np.asarray(found.images)
+        self._check_size(images)
         state = last[0].detach().float().cpu() if last else None
-        return Driven(np.asarray(found.images), state, passes.calls, seconds, passes.inside, noisy)
+        return Driven(images, state, passes.calls, seconds, passes.inside, noisy)
+
+    def _check_size(self, images: np.ndarray) -> None:
+        if any(self.options.get(k) not in (None, n) for k, n in zip(SIDES, images.shape[1:3])):
+            asked, made = "x".join(str(self.options.get(k)) for k in SIDES), "x".join(map(str, images.shape[1:3]))
+            raise RunError(
+                f"{type(self.pipe).__name__} was asked for images of {asked} pixels (height x width) and made {made}; "
+                "ask for a size that it can make"
+            )
+
+
+@contextmanager
+def _noise_of(generators: list[torch.Generator], scheduler: Any, device: torch.device) -> Iterator[None]:
+    """All noise comes from these generators: also that of a scheduler whose pipeline gives it none (SD3, FLUX), and
+    what is drawn from torch's own source, which is seeded by them and put back."""
+    digest = hashlib.sha256(repr([g.initial_seed() for g in generators]).encode()).digest()
+    seed = int.from_bytes(digest[:8], "big") >> 1
+    on_gpu = device.type == "cuda"
+    # schedulers of this package have the attribute; it is their source where `step` gets no generator
+    takes_them = hasattr(scheduler, "generator")
+    before = scheduler.generator if takes_them else None
+    with torch.random.fork_rng([device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        try:
+            if takes_them:
+                scheduler.generator = generators
+            yield
+        finally:
+            if takes_them:
+                scheduler.generator = before
 
 
 def _label(text: str) -> int:
@@ -205,27 +276,30 @@ class Passes:
 
 # ---------------------------------------------------------------------- budgets of calls
 def calls_near(scheduler: Any, calls: int) -> dict[int, int] | None:
-    """`num_inference_steps` -> model calls that a scheduler makes with it (PNDM and Heun make more), near `calls`.
+    """`num_inference_steps` -> model calls that a scheduler makes with it (PNDM and Heun make more): all numbers up to
+    one more than `calls` (and on from there, where none of those can be done), until one makes exactly `calls`.
 
-    None if it needs what only its pipeline knows (mu): the count of the first batch decides then. A number that its
-    artifact has no table for is left out.
+    None if it needs what only its pipeline knows (mu): the count of the first batch decides then. A number that it
+    cannot do, or that its artifact has no table for, is left out.
     """
-    found = {}
-    for steps in dict.fromkeys([calls, calls - 1, calls + 1, (calls + 1) // 2, calls // 2]):
-        trial = copy.deepcopy(scheduler)
-        if steps < 1:
+    found: dict[int, int] = {}
+    unknown = False
+    likely = [calls, calls - 1, calls + 1, (calls + 1) // 2, calls // 2]
+    for steps in dict.fromkeys([*likely, *range(calls - 2, 0, -1), *range(calls + 2, calls + 9)]):
+        if steps < 1 or (steps > calls + 1 and found):
             continue
+        trial = copy.deepcopy(scheduler)
         try:
             trial.set_timesteps(steps)
         except ArtifactError:
             continue
-        except Exception:
-            # A scheduler that cannot do this number at all says so in the first batch, in its own words.
-            return None
+        except Exception:  # diffusers' schedulers raise whatever they like: for mu, and for too few steps
+            unknown = True
+            continue
         found[steps] = len(trial.timesteps)
         if found[steps] == calls:
             break
-    return found
+    return None if unknown and not found else found
 
 
 def steps_for(scheduler: Any, calls: int) -> int:
@@ -236,13 +310,21 @@ def steps_for(scheduler: Any, calls: int) -> int:
         ArtifactError: there is none because the scheduler's artifact has nothing for it.
     """
     near = calls_near(scheduler, calls)
-    if not near:
+    if near is None:
         return calls  # the first batch says why there is none
     exact = next((steps for steps, made in near.items() if made == calls), None)
     if exact is not None:
         return exact
-    copy.deepcopy(scheduler).set_timesteps(calls)  # an artifact says what it holds
-    shown = ", ".join(f"{made} ({steps} steps)" for steps, made in sorted(near.items()))
+    try:
+        copy.deepcopy(scheduler).set_timesteps(calls)
+    except ArtifactError:
+        raise  # it says what the artifact holds
+    except Exception:  # too few steps for this scheduler: what it can do is said below
+        pass
+    by_calls = {made: steps for steps, made in near.items()}
+    sides = [m for m in by_calls if m < calls], [m for m in by_calls if m > calls]
+    nearest = [choose(side) for choose, side in zip((max, min), sides) if side]
+    shown = ", ".join(f"{made} ({by_calls[made]} steps)" for made in nearest)
     raise OptionError(
         f"{type(scheduler).__name__} cannot spend exactly {calls} model calls; nearby it can make {shown}"
     )
@@ -264,9 +346,9 @@ def fingerprint(pipe: Any) -> str:
 
 
 def plain_config(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's config as JSON, without the notes that diffusers keeps in it."""
+    """A scheduler's config as JSON, without the notes that diffusers keeps in it; infinite values are their names."""
     kept = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
-    return json.loads(json.dumps(kept, sort_keys=True, default=_as_list))
+    return json.loads(json.dumps(kept, sort_keys=True, default=_as_list), parse_constant=str)
 
 
 def _as_list(value: Any) -> Any:

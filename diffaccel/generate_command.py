@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -106,7 +107,7 @@ def _generate(args: argparse.Namespace, world: World) -> Report:
         pipe.scheduler = painter.scheduler_for(pipe.scheduler.config, type(pipe.scheduler), args.scheduler, options)
     if args.artifact and args.guidance is not None:
         check_guidance(pipe.scheduler.artifact, args.guidance)
-    call = models.CALL_DEFAULTS.get(args.model, {}) | call
+    call = drive.sized(pipe, models.CALL_DEFAULTS.get(args.model, {}) | call)
     recipe = tuned | {
         "pipeline": type(pipe).__name__,
         "weights": drive.fingerprint(pipe),
@@ -198,7 +199,13 @@ def _status(args: argparse.Namespace) -> int:
 def call_options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of the pipeline's call: of --call, --guidance, --height and --width."""
     found = key_values(args.call, "--call")
-    for key, value in (("guidance_scale", args.guidance), ("height", args.height), ("width", args.width)):
-        if value is not None:
-            found[key] = value
+    for name, key in (("guidance", "guidance_scale"), ("height", "height"), ("width", "width")):
+        value = getattr(args, name)
+        if value is None:
+            continue
+        if key in found:
+            raise OptionError(f"--{name} {value} and --call {key}={found[key]} are the same option: give one of them")
+        if not math.isfinite(value):
+            raise OptionError(f"--{name} is a finite number, got {value}")
+        found[key] = value
     return found

@@ -11,7 +11,7 @@ import torch
 from . import models
 from . import schedulers as ours
 from .drive import Driver, steps_for
-from .errors import OptionError, RunError, no_leftover, one_of
+from .errors import DiffaccelError, OptionError, RunError, no_leftover, one_of
 from .parallel.generate import Painted, Task
 from .samplers.registry import samplers
 
@@ -65,7 +65,13 @@ def scheduler_for(config: Mapping[str, Any], own: type, name: str | None, option
         # a NaN is counted image by image; an error would end the whole run
         return kind.from_config(config, **{"check_finite": "never", **chosen, **options})
     no_leftover(kind.__name__, options, kind._get_init_keys(kind) - {"self"})
-    return kind.from_config(config, **options)
+    try:
+        return kind.from_config(config, **options)
+    except DiffaccelError:
+        raise
+    except Exception as error:  # whatever diffusers says of a config that this class cannot read
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OptionError(f"{kind.__name__} cannot be made from this checkpoint's scheduler config: {said}") from error
 
 
 def _scheduler_class(name: str) -> Any:

@@ -42,6 +42,8 @@ def read_prompts(source: str | Path | Sequence[str]) -> list[str]:
         prompt = _prompt(entry)
         if prompt is None:
             raise OptionError(f"{name}, {place}: neither a string nor an object with {' or '.join(COLUMNS)}")
+        if any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise OptionError(f"{name}, {place}: holds a half of a surrogate pair, which is no character: {prompt!a}")
         found.append(prompt.strip())
     if not found:
         raise OptionError(f"{name} holds no prompts")
@@ -113,13 +115,21 @@ def _coco(path: Path, annotations: list[Any]) -> _Entries:
 
 
 def _table(path: Path, text: str) -> _Entries:
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         names = {(n or "").strip().lower(): n for n in rows.fieldnames or ()}
         column = next((names[k] for k in COLUMNS if k in names), None)
         if column is None:
             raise OptionError(f"{path}, line 1: no column {' or '.join(COLUMNS)}; it has {', '.join(names) or 'none'}")
         for row in rows:
+            if None in row:  # DictReader keeps what has no column there
+                raise OptionError(
+                    f"{path}, line {rows.line_num}: more fields than columns ({len(row[None])} too many); put a prompt "
+                    f"that holds {delimiter!r} in double quotes"
+                )
             yield f"line {rows.line_num}", {"prompt": row[column]}  # None where the row is too short
     except csv.Error as error:
-        raise OptionError(f"{path}, line {rows.line_num}: {error}") from error
+        what = "a quote is opened and never closed" if "unexpected end of data" in str(error) else error
+        # the reader counts a line once it is read: this is the first one of what could not be
+        raise OptionError(f"{path}, line {rows.line_num + 1}: {what}") from error

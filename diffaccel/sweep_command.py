@@ -100,6 +100,9 @@ def _sweep(
     # What is wrong in the command is found before minutes are spent on loading a model.
     prompts = None if args.prompts is None else read_prompts(args.prompts)
     call = call_options(args)
+    for name, least in (("images", 2), ("batch", 1)):
+        if getattr(args, name) < least:
+            raise OptionError(f"--{name} is {least} or more, got {getattr(args, name)}")
     import diffusers
     import torch
     import transformers
@@ -134,7 +137,7 @@ def _sweep(
         reference,
         args.out,
         images=args.images,
-        block=args.block or args.batch * max(1, round(256 / args.batch)),
+        block=args.batch * max(1, round(256 / args.batch)) if args.block is None else args.block,
         batch=args.batch,
         seed=args.seed,
         options=call,

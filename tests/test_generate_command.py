@@ -6,6 +6,7 @@ import json
 import runpy
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -17,8 +18,9 @@ from diffaccel.artifact import Receipt, path_identity
 from diffaccel.cli import main
 from diffaccel.errors import DiffaccelError, OptionError, RunError
 from diffaccel.identity import model_identity
-from diffaccel.parallel.generate import tasks_for, to_pixels
+from diffaccel.parallel.generate import generate, tasks_for, to_pixels
 from diffaccel.pipelines.recipe import Choice, Recipe
+from diffaccel.samplers.registry import samplers
 from diffaccel.schedulers.from_config import read
 from diffaccel.testing.pipelines import build
 
@@ -117,6 +119,18 @@ def test_a_budget_that_cannot_be_met():
         painter.Painter(pipe, 4, SIZE)
 
 
+@pytest.mark.parametrize("calls, steps", [(13, 4), (14, 5), (22, 13)])
+def test_every_budget_that_pndm_can_spend(calls, steps):
+    """Its Runge-Kutta start costs 9 calls more, and it cannot do fewer than 4 steps."""
+    scheduler = diffusers.PNDMScheduler()
+    assert drive.steps_for(scheduler, calls) == steps
+    scheduler.set_timesteps(steps)
+    assert len(scheduler.timesteps) == calls
+    for budget in (1, 3, 5, 12):
+        with pytest.raises(OptionError, match=rf"exactly {budget} model calls; nearby it can make 13 \(4 steps\)$"):
+            drive.steps_for(scheduler, budget)
+
+
 def test_a_wrong_count_is_an_error():
     made = painter.Painter(build("sd15"), 4, SIZE)
     made.steps = 4  # PNDM makes one more
@@ -133,10 +147,72 @@ def test_a_nan_is_counted_and_does_not_end_the_run(scheduler):
     assert [to_pixels(image)[1] for image in images] == ["nan", "nan"]
 
 
+@pytest.mark.parametrize(
+    "scheduler, options",
+    [
+        ("dpmpp_2m_sde", {}),  # SD3 gives its scheduler no generator
+        ("DPMSolverSDEScheduler", {}),  # draws a seed from torch's own source
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+    ],
+)
+def test_noise_that_no_generator_is_given_for(scheduler, options, tmp_path):
+    """The same bytes in two folders, also where a batch is made again; and torch's own source is left alone."""
+    if scheduler == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde")
+    pipe = models.load("tiny-sd" if scheduler == "DPMSolverSDEScheduler" else "tiny-flow")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = painter.scheduler_for(pipe.scheduler.config, type(pipe.scheduler), scheduler, options)
+    if scheduler in samplers() and not hasattr(pipe.scheduler, "generator"):
+        pytest.skip("this scheduler cannot be given generators")
+    paint = painter.Painter(pipe, 5, SIZE)
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+
+    def fill(out: Path) -> list[bytes]:
+        generate(paint, tasks_for(["a coat"] * 4, range(4)), out, batch=2, recipe={}, progress=False)
+        return [p.read_bytes() for p in sorted(out.rglob("*.png"))]
+
+    first = fill(tmp_path / "a")
+    assert torch.equal(torch.get_rng_state(), state) and len(set(first)) == 4
+    torch.manual_seed(8)
+    assert fill(tmp_path / "b") == first
+    (tmp_path / "b/000000/000002.png").unlink()
+    assert fill(tmp_path / "b") == first
+
+
 def test_every_pass_can_be_interrupted():
     seen = []
     painter.Painter(build("sd15"), 3, SIZE, lambda: seen.append(1))(TASKS)
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    "name, call",
+    [("sd15", {"width": 48}), ("sdxl", {"height": 48}), ("sd3", {"height": 48, "max_sequence_length": 16})],
+)
+def test_one_side_alone_counts(name, call):
+    """The other is the pipeline's own, which it makes where none is given."""
+    pipe = build(name)
+    more = {k: v for k, v in call.items() if k not in drive.SIDES}
+    own = painter.Painter(pipe, 3, more)(TASKS[:1]).images.shape[1:3]
+    made = painter.Painter(pipe, 3, call)(TASKS[:1]).images.shape[1:3]
+    assert made == tuple(call.get(side, n) for side, n in zip(drive.SIDES, own)) != own
+
+
+def test_sizes_that_are_refused(monkeypatch):
+    pipe = build("sd15")
+    for wrong in (0, -8, 32.0):
+        with pytest.raises(OptionError, match="height is a whole number of pixels, 1 or more"):
+            painter.Painter(pipe, 2, {"height": wrong, "width": 32})
+    monkeypatch.setattr(pipe, "vae_scale_factor", None)
+    with pytest.raises(OptionError, match="give height and width"):
+        painter.Painter(pipe, 2, {"height": 32})
+
+
+def test_another_size_than_asked_for_is_an_error():
+    pipe = build("flux")  # rounds to whole tokens
+    with pytest.raises(RunError, match=r"asked for images of 33x32 pixels \(height x width\) and made 32x32"):
+        painter.Painter(pipe, 2, {"height": 33, "width": 32, "max_sequence_length": 16})(TASKS)
 
 
 # ---------------------------------------------------------------------- schedulers by name
@@ -165,6 +241,9 @@ def test_scheduler_names(name, options, kind):
         ("unipcc", {}, "unknown scheduler 'unipcc'. Did you mean 'unipc'?"),
         ("EulerDiscretScheduler", {}, "Did you mean 'EulerDiscreteScheduler'?"),
         ("unipc", {"ordre": 3}, "ordre"),
+        ("VQDiffusionScheduler", {}, "cannot be made from this checkpoint's scheduler config: "),
+        ("AmusedScheduler", {}, "cannot be made from this checkpoint's scheduler config: "),
+        ("UnCLIPScheduler", {}, "cannot be made from this checkpoint's scheduler config: "),
         ("EulerDiscreteScheduler", {"order": 3}, "EulerDiscreteScheduler takes no option 'order'"),
     ],
 )
@@ -229,6 +308,8 @@ def test_a_run_and_its_status(command, tmp_path, capsys):
         ({}, ("--call", "eta=0", "--call", "eta=1"), "--call eta is given twice"),
         ({}, ("--call", "etta=0"), "takes no option 'etta'. Did you mean 'eta'"),
         ({"height": 33}, (), "divisible by 8"),
+        ({"guidance": "nan"}, (), "--guidance is a finite number, got nan"),
+        ({"guidance": 5}, ("--call", "guidance_scale=7"), "--call guidance_scale=7 are the same option"),
     ],
 )
 def test_wrong_commands(command, tmp_path, capsys, changes, more, message):

@@ -31,6 +31,10 @@ HOLES = {
 BAD = {
     "empty.txt": ("", "holds no prompts"),
     "short.csv": ("id,prompt\n1,a\n2\n", "short.csv, line 3: neither a string nor an object with prompt"),
+    "comma.csv": ("prompt\na fox\na red fox, new\n", "comma.csv, line 3: more fields than columns (1 too many)"),
+    "quote.csv": ('prompt\na\n"b\nc\n', "quote.csv, line 3: a quote is opened and never closed"),
+    "after.csv": ('prompt\na\n"b" c\n', "after.csv, line 3: ',' expected after"),
+    "head.tsv": ('"prompt\na\n', "head.tsv, line 1: a quote is opened"),
     "column.csv": ("text,id\na,1\n", "line 1: no column prompt or caption; it has text, id"),
     "torn.json": ('["a",\n "b"', "torn.json, line 2: no JSON"),
     "shape.json": ('{"prompts": []}', "a list under 'annotations'"),
@@ -39,6 +43,7 @@ BAD = {
     "torn.jsonl": ('"a"\n{"prompt": \n', "torn.jsonl, line 2: no JSON"),
     "gap.jsonl": ('"a"\n\n"b"\n', "gap.jsonl, line 2: no JSON"),
     "number.jsonl": ('"a"\n7\n', "number.jsonl, line 2: neither a string nor an object"),
+    "half.jsonl": ('"a"\n"b \\ud800"\n', "half.jsonl, line 2: holds a half of a surrogate pair"),
     "null.json": ('["a", {"prompt": null}]', "null.json, entry 2: neither a string"),
     "a.parquet": ("x", "prompts are read from .txt, .csv"),
     "none": ("x", "prompts are read from"),

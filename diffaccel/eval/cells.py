@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import OptionError
+from ..parallel.agree import plain
 from ..parallel.folder import Folder
 
 VERSION = 1
@@ -179,4 +180,4 @@ class Store:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -85,7 +85,7 @@ def clip_score(
     """
     one_of("variant", variant, ("cosine", "hessel"))
     no_leftover("clip_score", reading, _READING)
-    source = open_images(images, alpha=reading.pop("alpha", None))
+    source = open_images(images, alpha=reading.pop("alpha", None), expected=reading.get("expected"))
     if source.skipped:
         raise OptionError(f"{source.id}: images were skipped, so it is not known which prompt belongs to which image")
     given = read_prompts(prompts)
@@ -94,7 +94,7 @@ def clip_score(
     got = extract(source, clip_features(id, net, processor), **{"expected": len(given), **reading})
     number = {p: i for i, p in enumerate(dict.fromkeys(given))}
     unique = list(number)
-    own = np.array([number[p] for p in given])[np.arange(len(source)) % len(given)]
+    own = np.array([number[p] for p in given])[np.asarray(source.numbers) % len(given)]
     prefix = HESSEL_PREFIX if variant == "hessel" else ""
     text, truncated = embed_text(net, processor, [prefix + p for p in unique])
     values = pair_scores(got.values, text[torch.from_numpy(own)], variant).double()

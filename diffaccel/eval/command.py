@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..errors import OptionError
 from .score import Score
 
 Commands = argparse._SubParsersAction  # of ArgumentParser
@@ -81,6 +82,12 @@ def _reading(args: argparse.Namespace) -> dict[str, Any]:
     return {"progress": True, **{k: v for k in names if (v := getattr(args, k, None)) is not None}}
 
 
+def _check_json(path: str | None) -> None:
+    """Before the work begins, which can take hours."""
+    if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
+        raise OptionError(f"--json {path}: a folder, or a file in a folder that does not exist; give a file's name")
+
+
 def _show(score: Score, path: str | None) -> int:
     print(score)
     if path:
@@ -91,8 +98,10 @@ def _show(score: Score, path: str | None) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from . import fid_score, kernel
 
+    _check_json(args.json)
     options = _reading(args)
     if args.metric == "cmmd":
+        options["weights"] = args.weights
         if args.features:
             options["features"] = args.features
         return _show(kernel.cmmd(args.a, args.b, estimator=args.estimator, **options), args.json)
@@ -107,6 +116,7 @@ def _compare(args: argparse.Namespace) -> int:
 def _clip(args: argparse.Namespace) -> int:
     from .clip import DEFAULT, clip_score
 
+    _check_json(args.json)
     options = _reading(args)
     score = clip_score(args.images, args.prompts, model=args.model or DEFAULT, variant=args.variant, **options)
     return _show(score, args.json)

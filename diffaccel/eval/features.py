@@ -210,6 +210,9 @@ def extract(
 
     expected: how many images there should be (prompts or seeds); fewer is a warning in the score.
     """
+    if batch < 1:
+        raise OptionError(f"batch is 1 image or more, got {batch}")
+    _check_device(device)
     for module in (features.net, features.module):
         if isinstance(module, torch.nn.Module):
             module.to(device)
@@ -233,6 +236,14 @@ def extract(
     assert store is not None  # Images is never empty
     duplicates = len(images) - len(digests)
     return Extracted(torch.from_numpy(store), dict(sizes), duplicates, *_remarks(images, sizes, duplicates, expected))
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without CUDA
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise OptionError(f"device {device!r} cannot be used here: {said}") from None
 
 
 def _run(features: Features, group: list[np.ndarray], device: str) -> np.ndarray:

@@ -13,6 +13,7 @@ from .score import Score, interval
 from .stats_file import GIVEN, Stats, pair, remarks
 
 _POINTS = 15  # sizes of FID_infinity
+_ENOUGH = 2  # images a feature below which neither correction nor interval hold: they see too few directions
 
 
 def label(metric: str, features: str) -> str:
@@ -43,7 +44,8 @@ def fid(
       with papers that print it. groups: K of the jackknife.
     reading: alpha, unreadable, batch, device, workers, expected, progress.
     The interval is 95 %, by the influence function; with features on both sides it covers the sampling of both, with
-    statistics as reference these count as exact. Never a bootstrap: it would add the whole bias once more.
+    statistics as reference these count as exact. Never a bootstrap: it would add the whole bias once more. There is
+    none (NaN, with a warning) for fewer than two images a feature, where it does not hold.
     """
     if paper and extrapolate:
         raise OptionError("paper=True and extrapolate=True contradict each other: one is the plain value")
@@ -59,9 +61,14 @@ def fid(
         notes.append("the interval leaves out the noise of the extrapolation itself")
     elif not paper:
         value, how = _corrected(left, right, groups, raw, warnings)
-    if how == "plain":
-        _warn_if_few(left, right, warnings)
     low, high = interval(value, _standard_error(left, right))
+    if not extrapolate and high < -1e-9 * float(left.gaussian.trace):
+        value, how, low, high = raw, "plain", float("nan"), float("nan")
+        warnings.append("the corrected value is below zero beyond its interval: do both sides hold the same images?")
+    few = _few(left, right)
+    if few:
+        low = high = float("nan")
+        warnings += few
     return Score(
         value,
         low,
@@ -70,7 +77,7 @@ def fid(
         left.n,
         right.n,
         str(left.features),
-        f"{how}; interval by the influence function",
+        f"{how}; {'no interval' if np.isnan(low) else 'interval by the influence function'}",
         label("FID", str(left.features)),
         notes=tuple(notes),
         warnings=tuple(warnings),
@@ -92,11 +99,15 @@ def _corrected(a: Stats, b: Stats, groups: int | None, raw: float, warnings: lis
     return frechet.jackknife(x.values, other, k), f"jackknife, {k} groups"
 
 
-def _warn_if_few(a: Stats, b: Stats, warnings: list[str]) -> None:
-    for side in (a, b):
-        d = len(side.gaussian.mean)
-        if side.n is not None and side.n < d:
-            warnings.append(f"{side.name}: {side.n} images for {d} features: bias dominates this number")
+def _few(a: Stats, b: Stats) -> list[str]:
+    """A warning for each side with too few images."""
+    d = len(a.gaussian.mean)
+    return [
+        f"{side.name}: {side.n} images for {d} features: bias dominates this number, corrected or not, and no interval "
+        f"holds; give {_ENOUGH * d} images or more, or use KID, which has no bias"
+        for side in (a, b)
+        if side.n is not None and side.n < _ENOUGH * d
+    ]
 
 
 def _standard_error(a: Stats, b: Stats) -> float:

@@ -10,7 +10,7 @@ import io
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from ..errors import DiffaccelError, OptionError, one_of
+from ..parallel.folder import Folder
 from .pixels import ALPHA, ImageError, from_item, is_channels_first
 
 SUFFIXES = (".bmp", ".jpg", ".jpeg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -32,11 +33,20 @@ class Images:
     """A sized, indexable source of uint8 (H, W, 3) arrays.
 
     Attributes: `id` (what it was opened from), `names` (one an image), `jpeg` (how many are JPEG files), `skipped`
-    (unreadable files left out, with the reason; only with `unreadable="skip"`).
+    (unreadable files left out, with the reason; only with `unreadable="skip"`), `numbers` (which prompt each one has:
+    0, 1, 2, ..., but in a part of a folder of `generate`).
     """
 
-    def __init__(self, id: str, names: list[str], item: Callable[[int], Any], alpha: str | None = None) -> None:
+    def __init__(
+        self,
+        id: str,
+        names: list[str],
+        item: Callable[[int], Any],
+        alpha: str | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
         self.id, self.names, self._item, self._alpha = id, names, item, alpha
+        self.numbers: Sequence[int] = range(len(names)) if numbers is None else numbers
         self.jpeg = sum(name.lower().endswith((".jpg", ".jpeg")) for name in names)
         self.skipped: list[str] = []
 
@@ -79,7 +89,8 @@ class Images:
         kept = [i for i in range(len(self)) if i not in bad]
         if not kept:
             raise unreadable_error(list(bad.values()))
-        out = Images(self.id, [self.names[i] for i in kept], lambda i: self._item(kept[i]), self._alpha)
+        names, numbers = [self.names[i] for i in kept], [self.numbers[i] for i in kept]
+        out = Images(self.id, names, lambda i: self._item(kept[i]), self._alpha, numbers)
         out.skipped = [str(x) for x in bad.values()]
         return out
 
@@ -94,10 +105,12 @@ def unreadable_error(bad: list[ImageError]) -> ImageError:
 
 def natural(name: str) -> tuple[Any, ...]:
     """Sort key: numbers by value, so that 2.png comes before 10.png; the name itself decides ties (01 and 1)."""
-    return ([(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"([0-9]+)", name) if p], name)
+    return ([(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"([0-9]+)", name) if p], name)
 
 
-def open_images(source: Any, *, alpha: str | None = None, unreadable: str = "error") -> Images:
+def open_images(
+    source: Any, *, alpha: str | None = None, unreadable: str = "error", expected: int | None = None
+) -> Images:
     """Open images for any metric; nothing is decoded yet.
 
     source: a folder (recursive: bmp jpg jpeg png ppm tif tiff webp, sorted by relative POSIX path with numbers by
@@ -108,13 +121,14 @@ def open_images(source: Any, *, alpha: str | None = None, unreadable: str = "err
     alpha: what shows through transparent pixels: "white", "black", or "drop" (the colour stored under them). None:
       an image that is transparent anywhere is an error.
     unreadable: "error", or "skip": leave such files out and say so in the score.
+    expected: how many images there are at least, for a folder of `generate` that is not complete (else an error).
     Raises ImageError (a ValueError) for a source without images, OptionError for statistics or unknown options.
     """
     if alpha is not None:
         one_of("alpha", alpha, ALPHA)
     one_of("unreadable", unreadable, ("error", "skip"))
     try:
-        images = _open(source, alpha)
+        images = _open(source, alpha, expected)
     except DiffaccelError:
         raise
     except _BROKEN as error:
@@ -124,11 +138,11 @@ def open_images(source: Any, *, alpha: str | None = None, unreadable: str = "err
     return images.without_unreadable() if unreadable == "skip" else images
 
 
-def _open(source: Any, alpha: str | None) -> Images:
+def _open(source: Any, alpha: str | None, expected: int | None) -> Images:
     if isinstance(source, Images):
         return source
     if isinstance(source, (str, Path)):
-        return _open_path(Path(source), alpha)
+        return _open_path(Path(source), alpha, expected)
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _open_array(source, f"{type(source).__name__}{tuple(source.shape)}", alpha)
     if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, (bytes, dict)):
@@ -141,15 +155,20 @@ def _open(source: Any, alpha: str | None) -> Images:
     )
 
 
-def _open_path(path: Path, alpha: str | None) -> Images:
+def _open_path(path: Path, alpha: str | None, expected: int | None) -> Images:
     if path.is_dir():
-        files = [f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()]
+        generated = Folder(path)
+        if generated.manifest.exists() and generated.lines.exists():
+            return _open_generated(generated, alpha, expected)
+        files = [f for f in _files(path) if f.suffix.lower() in SUFFIXES]
         names = sorted((f.relative_to(path).as_posix() for f in files), key=natural)
         return Images(str(path), names, lambda i: path / names[i], alpha)
     if not path.exists():
         raise ImageError(f"no file or folder {path}")
     if path.suffix.lower() == ".zip":
         archive = zipfile.ZipFile(path)
+        if any(i.flag_bits & 1 for i in archive.infolist()):
+            raise ImageError(f"{path} is encrypted: unpack it and give the folder")
         inside = (n for n in archive.namelist() if PurePosixPath(n).suffix.lower() in SUFFIXES)
         names = sorted((n for n in inside if not n.startswith("__MACOSX/")), key=natural)
         return Images(str(path), names, lambda i: io.BytesIO(archive.read(names[i])), alpha)
@@ -160,6 +179,37 @@ def _open_path(path: Path, alpha: str | None) -> Images:
     if path.suffix.lower() in SUFFIXES:
         return Images(str(path.parent), [path.name], lambda i: path, alpha)
     raise ImageError(f"cannot read images from {path}: give a folder, .zip, .npz or .npy")
+
+
+def _files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """All files below a folder, through links too, but not through one that leads back to a folder above it."""
+    real = folder.resolve()
+    if real in above:
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _files(entry, above | {real})
+        elif entry.is_file():
+            yield entry
+
+
+def _open_generated(folder: Folder, alpha: str | None, expected: int | None) -> Images:
+    """A folder of `generate`, by its lines: image i stays image i, whatever else lies there."""
+    try:
+        count = int(folder.read()["recipe"]["images"]["count"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ImageError(f"{folder.manifest} does not say how many images there should be") from error
+    there = [(i, r["file"]) for i, r in sorted(folder.records().items()) if i < count and folder.good(r)]
+    if len(there) < count and (expected is None or len(there) < expected):
+        known = {i for i, _ in there}
+        first = next(i for i in range(count) if i not in known)
+        raise ImageError(
+            f"{folder.root} is not complete: {count - len(there)} of {count} images are missing or damaged, first: "
+            f"image {first}. Give the command of `diffaccel generate` that made it again: it goes on; or say how many "
+            f"are expected, to use the {len(there)} that are there: expected={len(there)} (--expected {len(there)})"
+        )
+    names = [name for _, name in there]
+    return Images(str(folder.root), names, lambda i: folder.root / names[i], alpha, [i for i, _ in there])
 
 
 def _array_of(path: Path) -> np.ndarray:

@@ -60,6 +60,8 @@ def mmd(x: Any, y: Any, kernel: Kernel = polynomial, block: int = 1000) -> Discr
     n, m = len(x), len(y)
     if min(n, m) < 2 or x.shape[1:] != y.shape[1:]:
         raise OptionError(f"an MMD needs two feature sets of one width, got {tuple(x.shape)} and {tuple(y.shape)}")
+    if not bool(torch.isfinite(x).all() and torch.isfinite(y).all()):
+        raise OptionError("an MMD needs finite features; these contain NaN or infinity: is the feature network whole?")
     xx, yy = _sums(x, x, kernel, block)[0], _sums(y, y, kernel, block)[0]
     xy, yx = _sums(x, y, kernel, block)
     own_x, own_y = (torch.cat([kernel(part, part).diagonal() for part in z.split(100)]) for z in (x, y))
@@ -108,14 +110,22 @@ def kid(
     return _score(left, right, value, value, all_pairs.se, how, label("KID x1000", str(left.features)), 1000.0, details)
 
 
-def cmmd(a: Any, b: Any, *, features: Any = CMMD_FEATURES, estimator: str = "unbiased", **reading: Any) -> Score:
+def cmmd(
+    a: Any,
+    b: Any,
+    *,
+    features: Any = CMMD_FEATURES,
+    weights: Any = None,
+    estimator: str = "unbiased",
+    **reading: Any,
+) -> Score:
     """CMMD (arXiv:2401.09603): 1000 MMD^2 of unit-norm CLIP embeddings under a wide Gaussian kernel.
 
     estimator: "unbiased", or "biased": with the diagonal, as in the published code. The kernel is almost linear on the
     unit sphere, so CMMD is close to 10 |mean x - mean y|^2 and sees little but the mean embedding.
     """
     one_of("estimator", estimator, ("unbiased", "biased"))
-    left, right = pair(a, b, features, None, reading, kernel=True)
+    left, right = pair(a, b, features, weights, reading, kernel=True)
     x, y = (torch.nn.functional.normalize(s.sample.double(), dim=1) for s in (left, right))
     got = mmd(x, y, gaussian)
     value = 1000 * (got.unbiased if estimator == "unbiased" else got.biased)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
+from ..parallel.agree import plain
 from ..parallel.folder import locked
 from ..parallel.world import SoloWorld
 from . import plots
@@ -107,7 +108,7 @@ def write_report(store: Store, plan: Plan, meter: Meter) -> Report:
     if sheet is not None:
         pictures["grid.png"] = sheet[0]
     files = {
-        "report.json": json.dumps(data, indent=1, ensure_ascii=False) + "\n",
+        "report.json": json.dumps(plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.csv": _csv(data["rows"]),
         "index.html": page(data, pictures, sheet[1] if sheet else []),
     }
@@ -151,8 +152,8 @@ def _floor(reference: Stats | None, features: str | None) -> dict[str, Any] | No
         return None
     half = len(values) // 2
     two = [Stats("half of the reference", features, half, v) for v in (values[:half], values[half : 2 * half])]
-    score = fid(*two)
-    return {"value": score.value, "low": score.low, "high": score.high, "raw": score.raw, "n": half}
+    score = fid(*two).to_dict()
+    return {k: score[k] for k in ("value", "low", "high", "raw")} | {"n": half}
 
 
 def _gap(found: Sequence[Row]) -> str:

@@ -39,13 +39,14 @@ class Score:
         """One line: "FID 12.41 [12.02, 12.80], 10000 vs 50000 images, inception-v3, clean resize"."""
         value, low, high, raw = (_digits(self.scale * x) for x in (self.value, self.low, self.high, self.raw))
         plain = f" (uncorrected {raw})" if abs(self.raw - self.value) > 0.01 * abs(self.raw) else ""
+        within = "(no interval)" if math.isnan(self.low) else f"[{low}, {high}]"
         a, b = (n or "unknown number of" for n in (self.n_a, self.n_b))
         many = f"{a} images" if self.n_b == 0 else f"{a} vs {b} images"
         name, _, resize = (
             self.features.partition(":") if self.features.startswith("inception") else (self.features,) * 3
         )
         where = f"{name}, {resize} resize" if resize != name else name
-        return f"{self.label} {value} [{low}, {high}]{plain}, {many}, {where}"
+        return f"{self.label} {value} {within}{plain}, {many}, {where}"
 
     def __str__(self) -> str:
         """The line, then details, notes and warnings, one a line."""

@@ -85,9 +85,7 @@ class Stats:
     def save(self, path: str | Path, *, keep_features: bool = False) -> Path:
         """Write our format (.npz, written to a temporary name first). keep_features: with all features, for KID and
         intervals (4 n d bytes)."""
-        path = Path(path)
-        if path.suffix != ".npz":
-            raise OptionError(f"statistics are written as .npz, got {path}")
+        path = _writable(path)
         mean, cov = self.gaussian.mean.numpy(), self.gaussian.covariance.numpy()
         arrays: dict[str, Any] = {
             "mu": mean,
@@ -99,9 +97,9 @@ class Stats:
             arrays["n"] = np.array(self.n)
         if keep_features:
             arrays["feats"] = self.sample.float().numpy()
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
                 np.savez(file, **arrays)
             partial.replace(path)
@@ -110,6 +108,19 @@ class Stats:
         finally:
             partial.unlink(missing_ok=True)
         return path
+
+
+def _writable(path: str | Path) -> Path:
+    """A name that statistics can be written under, as far as that can be told before."""
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise OptionError(f"statistics are written as .npz, got {path}")
+    if path.is_dir():
+        raise OptionError(f"cannot write {path}: it is a folder")
+    above = next(p for p in path.absolute().parents if p.exists())
+    if not above.is_dir():
+        raise OptionError(f"cannot write {path}: {above} is no folder")
+    return path
 
 
 def read(path: str | Path, features: str | None = None) -> Stats:
@@ -129,6 +140,7 @@ def _read(path: Path, mtime: int) -> Stats:
             got = {k: data[k] for k in ("mu", "sigma", "n", "features", "feats", "version") if k in data.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise OptionError(f"cannot read statistics from {path}: {error}") from None
+    _check_shapes(path, got)
     if int(got.get("version", VERSION)) > VERSION:
         raise OptionError(f"{path} has version {int(got['version'])}, this diffaccel reads up to {VERSION}: update it")
     if "feats" not in got and not {"mu", "sigma"} <= set(got):
@@ -144,6 +156,17 @@ def _read(path: Path, mtime: int) -> Stats:
         rows=None if whole else feats,
         moments=(got["mu"], got["sigma"]) if "mu" in got else None,
     )
+
+
+def _check_shapes(path: Path, got: dict[str, np.ndarray]) -> None:
+    """What a file holds under our names may be anything."""
+    wanted = {"mu": (1, "fiu"), "sigma": (2, "fiu"), "feats": (2, "fiu"), "n": (0, "iu"), "version": (0, "iu")}
+    for key, (ndim, kinds) in wanted.items():
+        if key in got and (got[key].ndim != ndim or got[key].dtype.kind not in kinds):
+            raise OptionError(
+                f"{path}: {key} is no {'number' if ndim == 0 else f'array of {ndim} dimensions'}: it has the shape "
+                f"{got[key].shape} and the type {got[key].dtype}"
+            )
 
 
 def _keys(path: Path) -> set[str]:
@@ -221,6 +244,8 @@ def stats(
     keep = bool(reading.pop("keep_features", False))
     no_leftover("stats", reading, [*_READING, "keep_features"])
     name = features if isinstance(features, str) else None
+    if out is not None:
+        _writable(out)  # before hours of measuring
     found = known(source, name) or _measure(_open(source, reading), features, weights, reading)
     if out is not None:
         found.save(out, keep_features=keep)
@@ -228,7 +253,7 @@ def stats(
 
 
 def _open(source: Any, reading: dict[str, Any]) -> Images:
-    return open_images(source, **{k: reading[k] for k in ("alpha", "unreadable") if k in reading})
+    return open_images(source, **{k: reading[k] for k in ("alpha", "unreadable", "expected") if k in reading})
 
 
 def _measure(images: Images, features: Any, weights: Any, reading: dict[str, Any]) -> Stats:
@@ -254,7 +279,8 @@ def pair(
     no_leftover("a metric", reading, _READING)
     name = features if isinstance(features, str) or features is None else getattr(features, "id", None)
     # both are opened before either is measured: a wrong path is told at once
-    sides = [known(x, name, kernel) or _open(x, reading) for x in (a, b)]
+    options = [reading, {k: v for k, v in reading.items() if k != "expected"}]
+    sides = [known(x, name, kernel) or _open(x, o) for x, o in zip((a, b), options)]
     for side in sides:
         if isinstance(side, Stats) and side.features is None:
             raise OptionError(
@@ -265,7 +291,6 @@ def pair(
     ids = {s.features for s in sides if isinstance(s, Stats)}
     if features is None:
         features = next(iter(ids - {GIVEN}), DEFAULT)
-    options = [reading, {k: v for k, v in reading.items() if k != "expected"}]
     left, right = (
         side if isinstance(side, Stats) else _measure(side, features, weights, o) for side, o in zip(sides, options)
     )

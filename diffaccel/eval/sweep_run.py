@@ -97,6 +97,8 @@ def sweep(
     texts = driver.key == "prompt"
     given = _prompts(pipe, prompts, texts)
     _check(calls, images, block, batch, teacher_calls, teacher_images)
+    if not 0 <= seed <= 2**63 - images:
+        raise OptionError(f"seeds are 0 or more and below 2**63, got {seed} for the first of {images} images")
     settings, notes = _settings(pipe, schedulers, stock, driver.takes_sigmas)
     last = stock_teacher(pipe.scheduler) if teacher is None else Setting("teacher", teacher)
     meter = Meter.open(reference, features, weights, clip if texts else None, str(device))
@@ -167,8 +169,9 @@ def _check(calls: Sequence[int], images: int, block: int, batch: int, teacher_ca
     if teacher_calls and teacher_calls < 2 * max(calls):
         raise OptionError(f"a teacher of {teacher_calls} calls is none for {max(calls)} calls: give twice that, or 0")
     for what, value in (("images", images), ("block", block), ("batch", batch), ("teacher_images", teacher_images)):
-        if value < (2 if what == "images" else 1):
-            raise OptionError(f"{what} is {value}")
+        least = 2 if what == "images" else 1
+        if value < least:
+            raise OptionError(f"{what} is {least} or more, got {value}")
     if block % batch:
         raise OptionError(f"a block of {block} images cannot be made in batches of {batch}")
 

@@ -9,9 +9,19 @@ from typing import Any
 from .world import World, WorldError
 
 
+def plain(value: Any) -> Any:
+    """As JSON gives it back, with the names of infinite values and NaN, which JSON lacks ("-Infinity")."""
+    return parsed(json.dumps(value))
+
+
+def parsed(text: str | bytes) -> Any:
+    """What JSON text holds; also of files in which Python wrote infinite values bare."""
+    return json.loads(text, parse_constant=str)
+
+
 def same_on_all(world: World, what: str, values: dict[str, Any]) -> None:
     """Raise on every rank if `values` (plain JSON) differ between ranks; the message shows both sides."""
-    found = [json.loads(v) for v in world.gather(what, json.dumps(values).encode(), timeout=None)]
+    found = [parsed(v) for v in world.gather(what, json.dumps(values).encode(), timeout=None)]
     for rank, theirs in enumerate(found):
         wrong = differences(found[0], theirs, "rank 0 has", f"rank {rank} has")
         if wrong:

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DiffaccelError, OptionError
-from .agree import differences
+from .agree import differences, parsed, plain
 
 Record = dict[str, Any]
 VERIFY = ("fast", "full")
@@ -57,10 +57,11 @@ class Folder:
                 raise FolderError(f"{self.root} is not empty and has no {self.manifest.name}: choose a new folder")
             # a recipe that failed before its first image binds nobody
             if not self.manifest.exists() or not any(self.root.glob("*/*.png")):
-                text = json.dumps({"recipe": recipe, "environment": environment}, indent=1, ensure_ascii=False)
+                whole = plain({"recipe": recipe, "environment": environment})
+                text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False)
                 self.replace(self.manifest, (text + "\n").encode())
         before = self.read()
-        wrong = differences(before["recipe"], _plain(recipe), "the folder has", "this run has")
+        wrong = differences(before["recipe"], plain(recipe), "the folder has", "this run has")
         if wrong:
             raise FolderError(
                 f"{self.root} holds images of another recipe:\n"
@@ -69,12 +70,12 @@ class Folder:
             )
         with self.writing():
             self.parts.mkdir(exist_ok=True)
-        return differences(before["environment"], _plain(environment), "the folder has", "this run has")
+        return differences(before["environment"], plain(environment), "the folder has", "this run has")
 
     def read(self) -> dict[str, Any]:
         """What manifest.json holds: {"recipe": ..., "environment": ...}."""
         try:
-            found = json.loads(self.manifest.read_text(encoding="utf-8"))
+            found = parsed(self.manifest.read_text(encoding="utf-8"))
             return {"recipe": found["recipe"], "environment": found["environment"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FolderError(f"{self.manifest} cannot be read ({type(error).__name__}: {error})") from error
@@ -240,11 +241,6 @@ def _whole_lines(data: bytes) -> Iterator[Record]:
 
 def _line(record: Record) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(value))
 
 
 def _digest(pixels: np.ndarray) -> str:

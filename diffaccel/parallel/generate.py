@@ -180,7 +180,10 @@ def generate(
     if world.rank != 0:
         return _work(folder, paint, chunks, scheduler, world, whole, None)
     with locked(folder):
-        notes = folder.begin(whole, environment or {})
+        try:
+            notes = folder.begin(whole, environment or {})
+        except FolderError as error:
+            raise FolderError(f"{error}{_first_other(folder, tasks)}") from error
         if progress and notes:
             print("generate: not the environment that this folder was begun in:", *notes, sep="\n", file=sys.stderr)
         folder.sweep()
@@ -188,6 +191,18 @@ def generate(
         folder.merge(kept)
         todo = [k for k, chunk in enumerate(chunks) if any(t.index not in kept for t in chunk)]
         return _work(folder, paint, chunks, scheduler, world, whole, todo, progress)
+
+
+def _first_other(folder: Folder, tasks: Sequence[Task]) -> str:
+    """The first image that was made for another prompt or seed, of which a recipe shows only hashes."""
+    for i, made in sorted(folder.records().items()):
+        task = tasks[i] if i < len(tasks) else None
+        if task and (task.prompt, task.seed) != (made.get("prompt"), made.get("seed")):
+            return (
+                f"\nThe first image that differs is {i}: the folder has prompt {made.get('prompt')!r} with seed "
+                f"{made.get('seed')}, this run has {task.prompt!r} with seed {task.seed}."
+            )
+    return ""
 
 
 def _work(

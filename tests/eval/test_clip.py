@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval_nets import coloured, tiny_clip
+from eval_nets import Pooled, coloured, tiny_clip
 
 from diffaccel.errors import OptionError
-from diffaccel.eval import clip, clip_score, features, open_images
+from diffaccel.eval import clip, clip_score, features, fid, open_images
+from diffaccel.eval.pixels import ImageError
+from diffaccel.parallel.generate import Painted, generate, tasks_for
 
 X = coloured(6, size=32)
 WORDS = ["red coat", "blue dress on black", "a photo of a green bag", "shoe", "", "a sandal, white background"]
@@ -154,3 +156,25 @@ def test_skipped_images_are_refused(tmp_path: Path, model) -> None:
         clip_score(open_images(tmp_path, unreadable="skip"), WORDS, model=model)
     with pytest.raises(OptionError, match="takes no option 'unreadable'"):
         clip_score(tmp_path, WORDS, model=model, unreadable="skip")
+
+
+def test_a_part_of_a_generate_folder_keeps_its_prompts(tmp_path: Path, model) -> None:
+    """It is refused; told the number, image i is still image i. Other files of the folder do not count."""
+    tasks = tasks_for([f"{i} coats" for i in range(6)])
+    generate(lambda t: Painted(X[[x.index for x in t]] / 255, 1), tasks, tmp_path, batch=2, recipe={}, progress=False)
+    (tmp_path / "grid.png").write_bytes((tmp_path / "000000/000000.png").read_bytes())
+    assert len(open_images(tmp_path)) == 6
+    (tmp_path / "000000/000001.png").unlink()
+    (tmp_path / "000000/000004.png").write_bytes(b"x")
+    for read in (
+        lambda: clip_score(tmp_path, WORDS, model=model),
+        lambda: clip_score(tmp_path, WORDS, model=model, expected=5),
+        lambda: fid(X, tmp_path, features=Pooled(), expected=4),  # `expected` is of the first side
+    ):
+        with pytest.raises(ImageError, match=r"2 of 6 images are missing or damaged, first: image 1.*generate.*--exp"):
+            read()
+    kept = [0, 2, 3, 5]
+    assert list(open_images(tmp_path, expected=4, unreadable="skip").numbers) == kept
+    got = clip_score(tmp_path, WORDS, model=model, expected=4)
+    assert got.value == pytest.approx(clip_score(X[kept], [WORDS[i] for i in kept], model=model).value, rel=1e-6)
+    assert fid(tmp_path, X, features=Pooled(), expected=4).n_a == 4

@@ -67,12 +67,21 @@ def test_refusals_are_one_line(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DIFFACCEL_INCEPTION", raising=False)
+    clip = ("--features", f"clip:{place / 'clip'}")
     cases = {
         ("fid", place / "a", place / "absent"): "no file or folder",
         ("fid", place / "a", place / "b", "--features", "dino"): "unknown features 'dino'",
         ("fid", place / "a", place / "b", "--weights", place / "no.pth"): "no Inception weights at",
+        ("cmmd", place / "a", place / "b", "--features", "inception-v3:tf", "--weights", "no.pth"): "weights at no.pth",
         ("clip", place / "a", place / "absent.txt", "--model", place / "clip"): "cannot read the prompts",
         ("stats", place / "a", "--out", place / "s.npz", "--unreadable", "ignore"): "unknown unreadable",
+        ("stats", place / "a", "--out", place / "prompts.txt" / "s.npz", *clip): "prompts.txt is no folder",
+        ("stats", place / "a", "--out", place / "s.txt"): "statistics are written as .npz",
+        ("fid", place / "a", place / "b", "--json", place): "give a file's name",
+        ("clip", place / "a", place / "prompts.txt", "--json", place / "no" / "s.json"): "give a file's name",
+        ("fid", place / "a", place / "b", *clip, "--device", "foo"): "device 'foo' cannot be used here",
+        ("fid", place / "a", place / "b", *clip, "--batch", "0"): "batch is 1 image or more, got 0",
+        ("fid", place / "a", place / "b", *clip, "--batch", "-3"): "batch is 1 image or more, got -3",
     }
     for words, message in cases.items():
         assert run(*words) == 2

@@ -56,7 +56,7 @@ def test_correction_and_interval() -> None:
     assert abs(score.value - 1.0) < abs(score.raw - 1.0)
     assert score.estimator.startswith("jackknife, 10 groups")
     wide = fid(law(0, 40, 1.0, 300), law(1, 40, 0, 300))
-    assert wide.estimator.startswith("jackknife, 2 groups") and not wide.warnings
+    assert wide.estimator == "jackknife, 2 groups; no interval"
     se = (score.high - score.low) / 2 / 1.959963984540054
     fixed = fid(law(0, 300, 1.0), frechet.from_features(law(1, 300)))
     assert (fixed.high - fixed.low) / 2 / 1.959963984540054 < se  # a reference that is exact adds nothing
@@ -71,6 +71,27 @@ def test_few_images_warn() -> None:
     assert both.to_dict()["low"] is None
     other_side = fid(frechet.from_features(law(0, 30)), law(1, 30))
     assert other_side.value < other_side.raw
+
+
+@pytest.mark.parametrize("n, m", [(20, 600), (255, 256), (600, 100)])
+def test_no_interval_below_two_images_a_feature(n: int, m: int) -> None:
+    """20 images for 128 features: the corrected value is far off, and no interval of it may be believed."""
+    score = fid(law(0, n, 0.7, 128), law(1, m, 0, 128))
+    said = [w for w in score.warnings if "bias dominates this number, corrected or not" in w]
+    assert len(said) == (n < 256) + (m < 256) and "give 256 images or more" in said[0]
+    assert score.to_dict()["low"] is score.to_dict()["high"] is None
+    assert "(no interval)" in score.line and "nan" not in str(score) and said[0] in str(score)
+    enough = fid(law(0, 256, 0.7, 128), law(1, 256, 0, 128))
+    assert enough.low < enough.value < enough.high and not enough.warnings
+
+
+@pytest.mark.parametrize("n", [20, 300])
+def test_statistics_of_the_same_images(n: int) -> None:
+    """The jackknife would say -23 with an interval of no width."""
+    x = law(0, n, d=32)
+    for score in (fid(x, frechet.from_features(x)), fid(frechet.from_features(x), x)):
+        assert abs(score.value) < 1e-9 and np.isnan(score.low) and score.estimator.startswith("plain")
+        assert any("do both sides hold the same images?" in w for w in score.warnings)
 
 
 def test_extrapolation() -> None:

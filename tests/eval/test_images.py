@@ -89,6 +89,19 @@ def test_order(tmp_path: Path) -> None:
     assert sorted(["img12", "img2", "img1"], key=natural) == ["img1", "img2", "img12"]
 
 
+def test_numbers_are_those_of_ascii() -> None:
+    assert sorted(["1\u00b22.png", "10.png", "2.png"], key=natural) == ["1\u00b22.png", "2.png", "10.png"]
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    folder(tmp_path / "elsewhere", X[:2])
+    f = folder(tmp_path / "f", X[:1])
+    (f / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(f)
+    (f / "broken.png").symlink_to(tmp_path / "nowhere.png")
+    assert open_images(f).names == ["0.png", "linked/0.png", "linked/1.png"]
+
+
 def test_float_is_rounded_as_diffusers_does() -> None:
     from diffusers.image_processor import VaeImageProcessor
 
@@ -109,7 +122,7 @@ def test_a_saved_png_gives_the_same_fid(tmp_path: Path) -> None:
 
     for i, image in enumerate(VaeImageProcessor.numpy_to_pil(x.permute(0, 2, 3, 1).numpy())):
         image.save(tmp_path / f"{i}.png")
-    one, two = (fid(s, X, features=Pooled()) for s in (x, tmp_path))
+    one, two = (fid(s, coloured(30), features=Pooled()) for s in (x, tmp_path))
     assert (one.value, one.raw, one.low) == (two.value, two.raw, two.low)
 
 
@@ -221,6 +234,17 @@ def test_sources_that_are_refused(tmp_path: Path) -> None:
         from_item(3)
 
 
+def test_an_encrypted_zip_is_refused(tmp_path: Path) -> None:
+    file = folder(tmp_path / "f", X[:1]) / "0.png"
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as z:
+        z.write(file, "0.png")
+    data = bytearray((tmp_path / "z.zip").read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 8] |= 1  # the flag in the list of contents
+    (tmp_path / "z.zip").write_bytes(data)
+    with pytest.raises(ImageError, match=r"z\.zip is encrypted: unpack it"):
+        open_images(tmp_path / "z.zip")
+
+
 def test_mixed_sizes(tmp_path: Path) -> None:
     """Allowed with a note where the features resize; an error that names the sizes where they do not."""
     f = folder(tmp_path / "f", X)
@@ -236,12 +260,14 @@ def test_mixed_sizes(tmp_path: Path) -> None:
 def test_jpeg_on_one_side_duplicates_and_too_few(tmp_path: Path) -> None:
     png, jpeg = folder(tmp_path / "png"), folder(tmp_path / "jpg", suffix="jpg", quality=90)
     warned = fid(jpeg, png, features=Pooled()).warnings
-    assert len(warned) == 1 and "12 JPEG files" in warned[0]
-    assert fid(jpeg, jpeg, features=Pooled()).warnings == ()
+    assert "12 JPEG files" in warned[0]
+    many = folder(tmp_path / "many", coloured(24), suffix="jpg", quality=90)
+    assert fid(many, many, features=Pooled()).warnings == ()
     score = fid(np.concatenate([X, X[:3]]), X, features=Pooled(), expected=20)
     assert any("3 of 15 images are duplicates" in w for w in score.warnings)
     assert any("15 images where 20 were expected" in w for w in score.warnings)
-    assert fid(X, X[::-1], features=Pooled(), expected=12).warnings == ()
+    enough = coloured(24)
+    assert fid(enough, enough, features=Pooled(), expected=24).warnings == ()
 
 
 def test_zip_may_hold_a_file_that_is_no_image(tmp_path: Path) -> None:

@@ -82,3 +82,16 @@ def test_cmmd() -> None:
     assert unbiased.label == "CMMD (unbiased)" and unbiased.low < unbiased.value < unbiased.high
     with pytest.raises(OptionError, match="biased, unbiased"):
         cmmd(x, y, features=None, estimator="v")
+
+
+def test_features_that_are_no_numbers_are_refused() -> None:
+    x = law(0, 20)
+    x[3, 2] = np.nan
+    for metric in (kid, cmmd):
+        with pytest.raises(OptionError, match="contain NaN or infinity"):
+            metric(x, law(1, 20), features="some")
+
+
+def test_cmmd_takes_weights(tmp_path) -> None:
+    with pytest.raises(OptionError, match="no Inception weights at"):
+        cmmd(coloured(4), coloured(4, 1), features="inception-v3:tf", weights=tmp_path / "none.pth")

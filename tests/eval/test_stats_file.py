@@ -95,6 +95,22 @@ def test_contradictions_and_broken_files(tmp_path: Path) -> None:
         stats(Y, features=Pooled(), keep=True)
 
 
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"mu": np.array(1.0)}, r"mu is no array of 1 dimensions: it has the shape \(\)"),
+        ({"feats": np.zeros(3)}, "feats is no array of 2 dimensions"),
+        ({"n": np.array("many")}, "n is no number"),
+        ({"version": np.array("new")}, "version is no number"),
+    ],
+)
+def test_arrays_of_other_forms(tmp_path: Path, wrong: dict, message: str) -> None:
+    mu, sigma = moments(Y)
+    np.savez(tmp_path / "s.npz", **{"mu": mu, "sigma": sigma, "features": np.array("pooled"), **wrong})
+    with pytest.raises(OptionError, match=message):
+        fid(X, tmp_path / "s.npz", features=Pooled())
+
+
 def test_two_files_of_different_features(tmp_path: Path) -> None:
     class Other(Pooled):
         id = "other"

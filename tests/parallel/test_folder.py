@@ -150,6 +150,30 @@ def test_two_recipes_are_never_mixed(tmp_path, capsys):
     assert files(tmp_path) == before
 
 
+def test_the_first_changed_prompt_is_named(tmp_path):
+    run(tmp_path)
+    changed = tasks_for([f"prompt {i}" if i < 4 else f"other {i}" for i in range(10)])
+    with pytest.raises(FolderError, match=r"differs is 4: the folder has prompt 'prompt 4' .* has 'other 4' with seed"):
+        run(tmp_path, tasks=changed)
+    with pytest.raises(FolderError) as error:
+        run(tmp_path, recipe={"calls": 6})
+    assert "first image" not in str(error.value)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_infinite_values_are_valid_json(tmp_path, bare):
+    """Also folders in which an earlier version wrote them bare go on."""
+    recipe = {"calls": 5, "clipped": float("-inf"), "nan": [float("nan")]}
+    run(tmp_path, recipe=recipe)
+    text = (tmp_path / "manifest.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    if bare:
+        (tmp_path / "manifest.json").write_text(text.replace('"-Infinity"', "-Infinity").replace('"NaN"', "NaN"))
+    assert run(tmp_path, recipe=recipe).made == 0
+    with pytest.raises(FolderError, match=r'clipped: the folder has "-Infinity", this run has -5'):
+        run(tmp_path, recipe=recipe | {"clipped": -5.0})
+
+
 def test_a_recipe_without_an_image_binds_nobody(tmp_path):
     with pytest.raises(RunError):
         run(tmp_path, Paint(fail_at=0))
