@@ -16,7 +16,6 @@ from ..artifact import Artifact, Receipt, path_identity
 from ..calibrate.engine import Engine
 from ..calibrate.fit import fit as fit_tables
 from ..calibrate.fit_core import Plan as FitPlan
-from ..calibrate.fit_setup import default
 from ..errors import ArtifactError, OptionError
 from ..identity import check_model, model_identity
 from ..pipelines.applied import applied
@@ -229,8 +228,7 @@ class Tuning:
         shift = first % len(engine.prompts)
         given = {"prompts": engine.prompts[shift:] + engine.prompts[:shift], "seed": engine.seed + first}
         given |= {"calls": plan.calls, "batch": engine.batch, "teacher_steps": plan.teacher_steps}
-        call = {k: v for k, v in engine.call.items() if k != "guidance_scale"}
-        return given | {"guidance": engine.guidance} | dict(plan.fit or {}) | call
+        return given | {"guidance": engine.guidance} | dict(plan.fit or {}) | engine.own
 
     def _fit_cost(self) -> int:
         """Model calls of the fit, at most, where its states fit in memory."""
@@ -294,7 +292,7 @@ class Tuning:
             "given": len(engine.prompts),
             "those that judge chose nothing": len(engine.prompts) >= stop,
         }
-        scale = engine.guidance if engine.guidance is not None else default(engine.pipe, "guidance_scale")
+        scale = engine.scale
         made_on = {
             "pipeline": type(engine.pipe).__name__,
             "model": model_identity(engine.pipe),
