@@ -14,7 +14,7 @@ from ..denoiser.after_step import with_action
 from ..denoiser.cache import Cache
 from ..denoiser.cache_attach import Attached, attach_cache
 from ..denoiser.cache_report import CacheReport
-from ..denoiser.calibrated import Calibrated, key_of
+from ..denoiser.calibrated import Calibrated, Passes, key_of
 from ..denoiser.compensate import Compensation
 from ..denoiser.contract import denoisers
 from ..denoiser.quant import Quant, Quantised, quantise
@@ -78,6 +78,7 @@ class QuantCache:
         self._compensation: Compensation | None = None
         self._adapters: list[str] = []
         self._local = threading.local()
+        self._passes: Passes | None = None
         try:
             self._apply(cache, quant)
         except BaseException:
@@ -101,6 +102,7 @@ class QuantCache:
             self._adapters = _adapters(self.pipe)
             self._original = self.pipe.scheduler
             self._scheduler = self.pipe.scheduler = with_action(self._original, self._after_step)
+            self._passes = Passes(self.pipe)
 
     # ------------------------------------------------------------------ use
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -176,6 +178,8 @@ class QuantCache:
         if self._scheduler is not None:
             self.pipe.scheduler = self._original
             self._scheduler = self._original = None
+        if self._passes is not None:
+            self._passes.remove()
         if self._cache is not None:
             self._cache.remove()
             self._cache = None
@@ -191,6 +195,7 @@ class QuantCache:
 
     # ------------------------------------------------------------------ after each step
     def _after_step(self, step: int, x: torch.Tensor, scheduler: Any) -> torch.Tensor:
+        passes = 0 if self._passes is None else self._passes.taken()
         if getattr(self._local, "timesteps", None) is not scheduler.timesteps:
             assert self._calibrated is not None
             now = _adapters(self.pipe)
@@ -200,7 +205,7 @@ class QuantCache:
                     f"when the wrapper was put on, here {now or 'none'}. Calibrate with them, or leave artifact= out"
                 )
             recipe = next(iter(self._quantised.values())).recipe if self._quantised else None
-            self._calibrated.check(key_of(self.pipe, scheduler, tuple(x.shape[1:]), recipe))
+            self._calibrated.check(key_of(self.pipe, scheduler, tuple(x.shape[1:]), recipe, passes))
             self._local.timesteps, self._local.steps = scheduler.timesteps, 0
         if self._compensation is None:
             return x

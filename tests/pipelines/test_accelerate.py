@@ -173,6 +173,17 @@ def test_another_guidance_scale_and_a_receipt_without_benefit_are_warned_about(s
         da.accelerate(sd[0], {})
 
 
+def test_the_scale_of_true_guidance_is_compared():
+    pipe = build("qwen_image")
+    kwargs = call_kwargs("qwen_image", num_inference_steps=3)
+    made = recipe_for(pipe, seen_shape(pipe, kwargs), guidance=8.0)
+    with (
+        da.accelerate(pipe, made) as h,
+        pytest.warns(ArtifactWarning, match="calibrated at guidance 8, this run uses 2"),
+    ):
+        h(**kwargs)
+
+
 def test_a_choice_of_our_own_scheduler_is_replaced_whole(sd):
     """A pipeline that runs a sampler of ours with rewriters: the recipe names the run, not the config."""
     pipe, _ = sd

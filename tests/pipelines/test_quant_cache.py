@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 
@@ -12,6 +13,7 @@ from accelerate import cpu_offload
 from calibrated_cache import STEPS, artifact_for
 
 import diffaccel as da
+from diffaccel.artifact import Artifact
 from diffaccel.errors import ArtifactError, OptionError, RunError
 from diffaccel.schedulers import FSamplerScheduler, RestartScheduler, TableScheduler
 from diffaccel.testing.pipelines import call_kwargs, denoiser
@@ -278,6 +280,24 @@ def test_an_artifact_serves_only_what_it_was_made_for(tmp_path):
     next(iter(denoiser(pipe).parameters())).data += 0.1
     with pytest.raises(ArtifactError, match="another model"):
         da.quant_cache(pipe, cache=cache, artifact=file)
+
+
+@pytest.mark.parametrize("case", ["flux-cfg", "qwen"])
+def test_an_artifact_of_guidance_by_two_calls_serves_no_run_without(case):
+    pipe, cache = runs.made(case), da.Cache.every(3)
+    made = artifact_for(pipe, case, cache)
+    assert "number of model calls a step" not in made.meta["key"]  # as older versions wrote them: all are served
+    key = {**made.meta["key"], "number of model calls a step": 2}
+    for found, fits in ((made, True), (Artifact("cache", made.tensors, made.meta | {"key": key}), False)):
+        with da.quant_cache(pipe, cache=cache, artifact=found):
+            runs.run(pipe, case, STEPS)
+            with (
+                contextlib.nullcontext()
+                if fits
+                else pytest.raises(ArtifactError, match="another number of model calls")
+            ):
+                runs.run(pipe, case, STEPS, true_cfg_scale=1.0)
+            runs.run(pipe, case, STEPS)
 
 
 def test_learned_masks_come_with_their_artifact():
