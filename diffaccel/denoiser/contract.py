@@ -160,7 +160,17 @@ class ThreadContext(StateManager):
         self._local.context = None
 
 
-class DenoiserHook(ModelHook):
+class Uncopied(ModelHook):
+    """Base of hooks that refuse to be copied with their model."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise OptionError(
+            "a wrapped denoiser was copied; the copy would run the weights of the original. Take the wrapper off first "
+            "(remove()), copy, and wrap the copy"
+        )
+
+
+class DenoiserHook(Uncopied):
     """Base of hooks on a denoiser: understands each call and hands it to `answer`."""
 
     _is_stateful = True

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers.hooks import ModelHook
 
 from ..calibrate.captured import model_config
 from ..denoiser.cache import Cache
-from ..denoiser.contract import PREFIX, attach, detach, outermost
+from ..denoiser.contract import PREFIX, Uncopied, attach, detach, outermost
 from ..drive import denoiser
 from ..errors import ArtifactError, ArtifactWarning, RunError, one_of
 from ..schedulers import TableScheduler
@@ -48,7 +47,7 @@ def applied(pipe: Any, choice: Choice) -> Any:
 
 
 # ---------------------------------------------------------------------- schedulers
-class Guard(ModelHook):
+class Guard(Uncopied):
     """Sees to it, before the first model call of a run, that the run is the recipe's."""
 
     def __init__(self, scheduler: TableScheduler, choice: Choice) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -102,6 +103,13 @@ def test_twice_is_refused_and_removed_twice_is_fine(sd):
     pipe.scheduler = again.inner._scheduler
     again.remove()
     assert pipe.scheduler is before
+
+
+def test_a_copy_is_refused(sd):
+    pipe, _ = sd
+    with da.accelerate(pipe, recipe_for(*sd)), pytest.raises(OptionError, match="run the weights of the original"):
+        copy.deepcopy(pipe)
+    assert copy.deepcopy(pipe).unet is not pipe.unet
 
 
 def test_the_scheduler_is_back_after_an_error(sd):
