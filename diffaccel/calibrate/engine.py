@@ -22,6 +22,7 @@ from safetensors.numpy import save as serialize
 from ..artifact import Artifact
 from ..core.node import Node
 from ..core.path import Nodes, Path
+from ..denoiser.contract import refuse_wrapped
 from ..drive import Driver, denoiser
 from ..errors import OptionError, RunError
 from ..parallel.protocol import SoloWorld, World
@@ -61,7 +62,7 @@ class Engine:
         world: this process among others; each takes its share of the batches.
 
     Raises:
-        OptionError: a pipeline that cannot be driven, or has a cache enabled; guidance that is given twice.
+        OptionError: a pipeline that cannot be driven, is wrapped, or has a cache enabled; guidance given twice.
 
     Attributes:
         own: arguments of the pipeline's call without the guidance scale.
@@ -90,6 +91,7 @@ class Engine:
         self._key = Driver(pipe, self.call).key
         if not self.takes("latents"):
             raise OptionError(f"{type(pipe).__name__} takes no latents=, so no state can be handed to it")
+        refuse_wrapped(denoiser(pipe))
         if getattr(denoiser(pipe), "is_cache_enabled", False):
             raise OptionError("the denoiser has a cache enabled, which repeats old outputs; call disable_cache() first")
         self.world = world or SoloWorld()

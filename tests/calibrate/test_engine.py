@@ -11,6 +11,7 @@ import pytest
 import torch
 from mixture_pipe import mixture_pipe
 
+import diffaccel as da
 from diffaccel import models
 from diffaccel.calibrate.captured import Captured
 from diffaccel.calibrate.checkpoint import Checkpoint
@@ -181,6 +182,13 @@ def test_bad_engines():
             Engine(mixture_pipe(), ["0"], progress=False, **options)
     with pytest.raises(OptionError, match="needs a prompt"):
         Engine(mixture_pipe(), [], progress=False)
+
+
+def test_a_wrapped_pipeline_is_refused():
+    pipe = build("sd3")
+    with da.quant_cache(pipe, cache=da.Cache.every(3)), pytest.raises(OptionError, match="wrapped by 'quant_cache'"):
+        Engine(pipe, ["a"], progress=False)
+    Engine(pipe, ["a"], progress=False)
 
 
 # ---------------------------------------------------------------------- sharing and going on
