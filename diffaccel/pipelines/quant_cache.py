@@ -16,7 +16,7 @@ from ..denoiser.cache_attach import Attached, attach_cache
 from ..denoiser.cache_report import CacheReport
 from ..denoiser.calibrated import Calibrated, Passes, key_of
 from ..denoiser.compensate import Compensation
-from ..denoiser.contract import denoisers
+from ..denoiser.contract import PREFIX, denoisers, mark, unmark
 from ..denoiser.quant import Quant, Quantised, quantise
 from ..errors import ArtifactError, OptionError, RunError
 from ..identity import adapter_strengths, model_identity
@@ -96,6 +96,8 @@ class QuantCache:
                 done.run_of = lambda: self.pipe.scheduler.timesteps
         if cache is not None:
             self._cache = attach_cache(self.pipe, cache)
+        for done in self._quantised.values():
+            mark(done.module, PREFIX + NAME)
         if self._calibrated is not None and cache is not None and self._cache is not None:
             number = self._calibrated.run(cache, self._cache.level)
             self._compensation = self._calibrated.compensation(number)
@@ -183,6 +185,8 @@ class QuantCache:
         if self._cache is not None:
             self._cache.remove()
             self._cache = None
+        for done in self._quantised.values():
+            unmark(done.module)
         for done in undoable:
             done.undo()
         self._quantised = {}

@@ -130,6 +130,18 @@ def test_wrappers_that_do_not_compose():
         da.quant_cache(pipe, cache=da.Cache.every(3))
 
 
+def test_quantisation_alone_is_a_wrapper_too():
+    pipe = runs.made("sd3")
+    with da.quant_cache(pipe, quant=QUANT):
+        for wrap in (lambda: da.quant_cache(pipe, cache=da.Cache.every(3)), lambda: da.extrapolate(pipe)):
+            with pytest.raises(OptionError, match="wrapped by 'quant_cache' already"):
+                wrap()
+    with da.quant_cache(pipe, quant=da.Quant("w8a8", min_features=16, keep_float=False)):
+        pass
+    with da.quant_cache(pipe, cache=da.Cache.every(3)):  # quantised for good, and wrapped no more
+        runs.run(pipe, "sd3", STEPS)
+
+
 def test_our_schedulers_run_under_a_cache():
     pipe = runs.made("sd15-ddim")
     pipe.scheduler = TableScheduler.from_config(pipe.scheduler.config, sampler="dpmpp", order=2)
