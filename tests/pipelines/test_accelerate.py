@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 
 import diffaccel as da
 from diffaccel import models
@@ -139,6 +140,12 @@ def test_another_checkpoint_is_refused_and_a_fine_tune_warned_about(sd):
     with pytest.warns(ArtifactWarning, match="other weights"), da.accelerate(other, recipe_for(*sd), strict=False) as h:
         h("a red fox", height=32, width=32, output_type="latent")
     assert sd[0].scheduler is before
+
+
+def test_another_scheduler_of_the_checkpoint_is_no_other_path(sd):
+    pipe = build("sd15")
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    da.accelerate(pipe, recipe_for(*sd)).remove()
 
 
 def test_another_kind_of_pipeline_or_path_is_refused(sd):
