@@ -139,7 +139,7 @@ class Engine:
 
     @contextmanager
     def working(self, expected: int, what: str) -> Iterator[None]:
-        """A bar over `expected` model calls of this process; state is kept if the work is interrupted."""
+        """A bar over `expected` model calls of this process; what is finished is kept if the work is interrupted."""
         from tqdm import tqdm
 
         with tqdm(total=expected, initial=self.calls, unit="call", desc=what, disable=not self._progress) as bar:
@@ -147,8 +147,9 @@ class Engine:
             try:
                 yield
             except BaseException:
-                self.kept.notes |= {"calls": self.calls, "seconds": self.seconds}
-                self.kept.save()
+                if self.kept.arrays or set(self.kept.notes) - {"calls", "seconds"}:  # else nothing was finished
+                    self.kept.notes |= {"calls": self.calls, "seconds": self.seconds}
+                    self.kept.save()
                 raise
             finally:
                 self._bar = None

@@ -184,6 +184,16 @@ def test_bad_engines():
         Engine(mixture_pipe(), [], progress=False)
 
 
+def test_state_is_written_once_something_is_finished(tmp_path):
+    engine = engine_of("sd15", out=tmp_path / "x.safetensors")
+    for arrays in ({}, {"a": np.ones(1)}):
+        engine.kept.arrays |= arrays
+        with pytest.raises(KeyboardInterrupt), engine.working(4, "test"):
+            engine.calls += 1
+            raise KeyboardInterrupt
+        assert [p.name for p in tmp_path.iterdir()] == (["x.safetensors.partial"] if arrays else [])
+
+
 def test_a_wrapped_pipeline_is_refused():
     pipe = build("sd3")
     with da.quant_cache(pipe, cache=da.Cache.every(3)), pytest.raises(OptionError, match="wrapped by 'quant_cache'"):
