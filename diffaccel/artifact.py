@@ -128,6 +128,8 @@ class Artifact:
         Raises:
             ArtifactError: no such file, truncated, not an artifact, of another format or kind, or changed since.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise ArtifactError(f"an artifact is an Artifact or its file, got {path!r}")
         path = FilePath(path)
         if not path.is_file():
             raise ArtifactError(f"there is no artifact {str(path)!r}")

@@ -133,6 +133,7 @@ class Cached:
         except BaseException:
             pipe.scheduler = self._original
             raise
+        self._on = True
         attach(denoiser(pipe), self.guard, PREFIX + "accelerate")  # above the cache: before anything is reused
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -149,7 +150,7 @@ class Cached:
         Raises:
             RunError: if somebody put another scheduler or a hook in place meanwhile; nothing is undone then.
         """
-        if self._inner is None:
+        if not self._on:
             return
         if self.pipe.scheduler is not self._scheduler:
             raise RunError(
@@ -160,7 +161,7 @@ class Cached:
             raise RunError("accelerate: another hook lies above this recipe's; remove that one first")
         detach(denoiser(self.pipe), PREFIX + "accelerate")
         self._inner.remove()
-        self.pipe.scheduler, self._inner = self._original, None
+        self.pipe.scheduler, self._on = self._original, False
 
     def __enter__(self) -> Cached:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ class QuantCache:
         self._adapters: list[str] = []
         self._local = threading.local()
         self._passes: Passes | None = None
+        self._last: QuantCacheReport | None = None  # kept by `remove`
+        self._removed = False
         try:
             self._apply(cache, quant)
         except BaseException:
@@ -109,8 +112,7 @@ class QuantCache:
     # ------------------------------------------------------------------ use
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`pipe(...)`."""
-        if self._cache is None and not self._quantised:
-            raise RunError("this wrapper was removed")
+        self._refuse_removed()
         return self.pipe(*args, **kwargs)
 
     def memory(self, *args: Any, **kwargs: Any) -> int:
@@ -121,7 +123,9 @@ class QuantCache:
 
         Raises:
             OptionError: without a cache.
+            RunError: after `remove`.
         """
+        self._refuse_removed()
         if self._cache is None:
             raise OptionError("there is no cache, so nothing is kept; memory() is of quant_cache(pipe, cache=...)")
         return self._cache.memory(lambda: self.pipe(*args, **kwargs))
@@ -137,7 +141,9 @@ class QuantCache:
 
         Raises:
             OptionError: without a cache; compile the pipeline as ever, then (`compile_repeated_blocks`).
+            RunError: after `remove`.
         """
+        self._refuse_removed()
         if self._cache is None:
             raise OptionError(
                 "there is no cache to keep out of compiled code; use the model's compile_repeated_blocks()"
@@ -145,11 +151,15 @@ class QuantCache:
         self._cache.compile(**options)
 
     def report(self) -> QuantCacheReport:
-        """What was measured in this thread's last run.
+        """What was measured in this thread's last run; after `remove`, in the last one of the thread that removed it.
 
         Raises:
             RunError: if there was none.
         """
+        if self._last is not None:
+            return self._last
+        if self._removed:
+            raise RunError("no run was made before this wrapper was removed, so nothing was measured")
         return QuantCacheReport(
             None if self._cache is None else self._cache.report(),
             {name: str(done) for name, done in self._quantised.items()},
@@ -177,6 +187,10 @@ class QuantCache:
             self._cache.check_removable()
         for done in undoable:
             done.check_undoable()
+        if not self._removed:
+            with contextlib.suppress(RunError):  # no run was made
+                self._last = self.report()
+            self._removed = True
         if self._scheduler is not None:
             self.pipe.scheduler = self._original
             self._scheduler = self._original = None
@@ -196,6 +210,10 @@ class QuantCache:
 
     def __exit__(self, *error: Any) -> None:
         self.remove()
+
+    def _refuse_removed(self) -> None:
+        if self._removed:
+            raise RunError("this wrapper was removed; call quant_cache() again")
 
     # ------------------------------------------------------------------ after each step
     def _after_step(self, step: int, x: torch.Tensor, scheduler: Any) -> torch.Tensor:
@@ -252,6 +270,8 @@ def quant_cache(
             has no parts that the cache knows.
         ArtifactError: an artifact of another checkpoint, or not of these settings.
     """
+    if not hasattr(pipe, "scheduler"):
+        raise OptionError(f"{NAME} needs a pipeline, with its scheduler and its denoiser, got a {type(pipe).__name__}")
     if cache is not None and not isinstance(cache, Cache):
         raise OptionError(
             f"cache={cache!r} is no Cache; Cache.every(3), Cache.mask([...]), Cache.first_block(0.1), ..."

@@ -96,8 +96,8 @@ def tune(
     *,
     images: int = 48,
     holdout: int = 48,
-    sources: Sequence[str] = USUAL,
-    tables: Sequence[str | os.PathLike[str] | Artifact] = (),
+    sources: str | Sequence[str] = USUAL,
+    tables: str | os.PathLike[str] | Artifact | Sequence[str | os.PathLike[str] | Artifact] = (),
     fit: bool | Mapping[str, Any] = True,
     stock: bool = True,
     teacher_steps: int = 100,
@@ -123,7 +123,7 @@ def tune(
         calls: N; a pair for classifier-free guidance counts once.
         images: S, by which candidates are compared; image i has prompt i (mod their number) and seed + i.
         holdout: H, the next ones, which only judge.
-        sources: of candidates: `tune.SOURCES`. "staged" competes at equal work.
+        sources: of candidates, one or more of `tune.SOURCES`. "staged" competes at equal work.
         tables: calibrated artifacts of this checkpoint that compete ("fitted").
         fit: whether "fitted" also fits a table (`calibrate.fit`, on images of its own); a dict is its options.
         stock: whether to search diffusers' own schedulers for the receipt.
@@ -142,11 +142,15 @@ def tune(
     if prompts is None:
         raise OptionError("tune needs prompts: like those that you will use, a list or a file (one a line)")
     refuse_wrapped(pipe)
+    if not isinstance(fit, (bool, Mapping)):
+        raise OptionError(f"fit must be True, False or options of calibrate.fit (a dict), got {fit!r}")
+    sources = (sources,) if isinstance(sources, str) else tuple(sources)
+    tables = (tables,) if isinstance(tables, (str, os.PathLike, Artifact)) else tables
     named = read_prompts(Path(prompts) if isinstance(prompts, os.PathLike) else prompts)
     if "fitted" not in sources and tables:
         raise OptionError("tables= would have no effect: 'fitted' is not among the sources")
     fitting = None if fit is False or "fitted" not in sources else FIT | (dict(fit) if isinstance(fit, Mapping) else {})
-    plan = Plan(calls, images, holdout, teacher_steps, tuple(sources), fitting, stock)
+    plan = Plan(calls, images, holdout, teacher_steps, sources, fitting, stock)
     held = [_table(given, pipe) for given in tables]
     settings = {"kind": "tune", "plan": _json(plan), "model": model_identity(pipe)["weights_sha256"]}
     settings["tables"] = [artifact.sha256 for artifact in held]

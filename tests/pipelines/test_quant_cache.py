@@ -90,6 +90,20 @@ def test_a_removed_handle_does_not_pretend():
     h.remove()
     with pytest.raises(RunError, match="removed"):
         h("a prompt")
+    for use in (lambda: h.memory("a prompt"), h.compile):
+        with pytest.raises(RunError, match="wrapper was removed"):
+            use()
+    with pytest.raises(RunError, match="no run was made before"):
+        h.report()
+
+
+def test_the_last_report_outlives_the_wrapper():
+    pipe = runs.made("flux")
+    with da.quant_cache(pipe, cache=da.Cache.every(3), quant=QUANT) as h:
+        runs.run(pipe, "flux", STEPS)
+        before = h.report()
+    runs.run(pipe, "flux", 3)
+    assert h.report().to_dict() == before.to_dict() and h.report().cache is not None and h.report().scales
 
 
 def test_a_failure_undoes_what_was_done_before_it():
@@ -107,6 +121,8 @@ def test_a_failure_undoes_what_was_done_before_it():
         ({}, "does nothing"),
         ({"cache": "every"}, "no Cache"),
         ({"quant": "w4"}, "unknown quantisation"),
+        ({"quant": 3}, "quant=3 is no quantisation"),
+        ({"quant": True}, "quant=True is no quantisation"),
         ({"quant": "w8a8"}, "no layer of this"),
         ({"quant": QUANT, "artifact": "file"}, "belongs to a cache"),
     ],
@@ -114,6 +130,24 @@ def test_a_failure_undoes_what_was_done_before_it():
 def test_options_that_mean_nothing(options, says):
     with pytest.raises(OptionError, match=says):
         da.quant_cache(runs.made("flux"), **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: da.quant_cache(None, cache=da.Cache.every(3)), "needs a pipeline.*got a NoneType"),
+        (lambda: da.quant_cache(runs.made("flux").transformer, quant=QUANT), "needs a pipeline.*got a Flux"),
+        (lambda: da.quant_cache(runs.made("flux"), cache=da.Cache.every(3), artifact=5), "got 5"),
+        (lambda: da.Quant(skip=3), "skip is a pattern"),
+        (lambda: da.Quant(min_features="a"), "min_features is a width, got 'a'"),
+        (lambda: da.Cache.mask(5), "a list of 0 and 1.*not 5"),
+        (lambda: da.Cache.first_block("a"), "threshold='a' must lie"),
+        (lambda: da.Cache.learned(3), "an Artifact or its file, got 3"),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(make, says):
+    with pytest.raises((OptionError, ArtifactError), match=says):
+        make()
 
 
 def test_wrappers_that_do_not_compose():
