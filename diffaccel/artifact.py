@@ -12,7 +12,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
+from .core.families import VP
 from .core.path import Path
 from .errors import ArtifactError
 
@@ -127,6 +128,8 @@ class Artifact:
         Raises:
             ArtifactError: no such file, truncated, not an artifact, of another format or kind, or changed since.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise ArtifactError(f"an artifact is an Artifact or its file, got {path!r}")
         path = FilePath(path)
         if not path.is_file():
             raise ArtifactError(f"there is no artifact {str(path)!r}")
@@ -197,9 +200,13 @@ def _read(path: FilePath) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def path_identity(path: Path, prediction_type: str) -> dict[str, Any]:
     """What must agree where calibrated data is used: family, prediction type, the (alpha, sigma) table.
 
-    The table is taken at fixed t, so the shift of a flow path, which only places nodes, is no part of it; EDM paths
-    have one table, `alpha = 1`.
+    The table is taken at fixed t, so the shift of a flow path, which only places nodes, is no part of it; nor is what
+    a VP path has between its training steps, which is the scheduler's choice. EDM paths have one table, `alpha = 1`.
     """
+    return _identity(replace(path, interpolation="lam") if isinstance(path, VP) else path, prediction_type)
+
+
+def _identity(path: Path, prediction_type: str) -> dict[str, Any]:
     if path.family == "edm":
         table = np.zeros(0)
     else:
@@ -224,7 +231,10 @@ def check_path(artifact: Artifact, path: Path, prediction_type: str) -> None:
     made, here = artifact.meta.get("path"), path_identity(path, prediction_type)
     if made is None:
         raise ArtifactError(f"{artifact.file} does not say which path it was made on; calibrate again")
-    if all(made[key] == here[key] for key in ("family", "prediction_type", "table_sha256")):
+    known = [here]
+    if isinstance(path, VP):  # older artifacts were told apart between the training steps, too
+        known.append(_identity(replace(path, interpolation="sigma"), prediction_type))
+    if any(all(made[key] == one[key] for key in ("family", "prediction_type", "table_sha256")) for one in known):
         return
     raise ArtifactError(
         f"{artifact.file} was calibrated on another path.\n  artifact:  {_path_text(made)}\n"

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from .errors import ArtifactError, OptionError, RunError, no_leftover
+from .plain_tensors import plain_tensors
 
 SAMPLE = 64  # values of each tensor that the hash of a checkpoint reads
 SIDES = ("height", "width")
@@ -337,7 +338,8 @@ def fingerprint(pipe: Any) -> str:
     for name, part in sorted(pipe.components.items()):
         if not isinstance(part, torch.nn.Module):
             continue
-        for key, value in sorted(part.state_dict().items()):
+        tensors = [found for key, value in part.state_dict().items() for found in plain_tensors(key, value)]
+        for key, value in sorted(tensors, key=lambda pair: pair[0]):
             found.update(f"{name}.{key} {tuple(value.shape)} {value.dtype}".encode())
             flat = value.detach().flatten()
             few = flat[:: max(1, flat.numel() // SAMPLE)]

@@ -12,6 +12,7 @@ import numpy as np
 
 from .artifact import Artifact
 from .errors import ArtifactError, ArtifactWarning, OptionError
+from .plain_tensors import plain_tensors
 
 DENOISERS = ("transformer", "unet", "prior")
 PIECE = 4096  # values of each tensor that enter the hash, evenly spread: a model of 12 GB is read in seconds
@@ -103,7 +104,7 @@ def _weights(model: Any) -> Iterator[tuple[str, Any]]:
             if name in module._non_persistent_buffers_set or tensor is None:
                 continue
             full = f"{prefix}.{name}" if prefix else name
-            yield full, away[name] if tensor.device.type == "meta" else tensor
+            yield from plain_tensors(full, away[name] if tensor.device.type == "meta" else tensor)
 
 
 def _piece(tensor: Any) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 
+import diffusers
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save_file
 
+import diffaccel as da
 from diffaccel import artifact as module
+from diffaccel import models
 from diffaccel.artifact import Artifact, check_path, check_shape, path_identity
 from diffaccel.core.path import Path
 from diffaccel.errors import ArtifactError
@@ -133,6 +136,25 @@ def test_the_shift_of_a_flow_path_and_the_range_of_an_edm_path_are_no_other_path
     check_path(flow, Path.flow(1.0, mu=0.7), "flow_prediction")
     edm = Artifact("ems", {}, {"path": path_identity(Path.edm(0.002, 80.0), "epsilon")})
     check_path(edm, Path.edm(0.01, 50.0), "epsilon")
+
+
+def test_what_a_scheduler_has_between_training_steps_is_no_other_path():
+    between = Path.vp(VP.betas, interpolation="sigma")
+    assert path_identity(between, "epsilon") == path_identity(VP, "epsilon")
+    check_path(made(), between, "epsilon")
+    older = Artifact("ems", {}, {"path": module._identity(between, "epsilon")})  # as earlier versions wrote it
+    assert older.meta["path"] != path_identity(between, "epsilon")
+    for path in (VP, between):
+        check_path(older, path, "epsilon")
+    with pytest.raises(ArtifactError, match="another path"):
+        check_path(older, OTHERS["betas"][0], "epsilon")
+
+
+@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "DDIMScheduler"])
+def test_an_embedded_artifact_serves_every_scheduler_of_its_checkpoint(kind):
+    pipe = models.load("tiny-sd")
+    pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config)
+    da.FittedScheduler.from_config(pipe.scheduler.config, artifact=models.fitted("tiny-sd"), pipe=pipe)
 
 
 def test_shapes():

@@ -83,6 +83,7 @@ def ays(
         ArtifactWarning: always: what the grid is for.
     """
     plan = Plan(budgets(calls), samples, holdout, teacher_steps, rivals=rivals or "none")
+    _check(until)
     how: dict[str, Any] = {"guidance": guidance, "call": call, "batch": batch, "seed": seed, "out": out}
     told = _json(plan, until, "given" if images is not None else "the pipeline's own")
     setup = prepared(KIND, pipe, prompts, plan, told, progress=progress, **how)
@@ -255,11 +256,15 @@ def _last(nodes: Nodes, until: float | None, calls: int) -> int:
     return found
 
 
+def _check(until: float | str | None) -> None:
+    if until not in (None, "auto") and (isinstance(until, bool) or not isinstance(until, (int, float))):
+        raise OptionError(f"until must be a level (sigma/alpha), None or 'auto', got {until!r}")
+
+
 def _ends(until: float | str | None, nodes: Nodes, calls: int) -> dict[str, int]:
     """The ends of the bound that are tried, in the receipt's words."""
-    if until != "auto":
-        if isinstance(until, (str, bool)):
-            raise OptionError(f"until must be a level (sigma/alpha), None or 'auto', got {until!r}")
+    _check(until)
+    if not isinstance(until, str):
         return {str(until): _last(nodes, until, calls)}
     found = {}
     for level in UNTIL:

@@ -17,7 +17,7 @@ from ..core.path import Path
 from ..denoiser.cache import Cache
 from ..denoiser.cache_attach import cached
 from ..denoiser.cache_hook import FEW, WIDEST, refuse_wide
-from ..denoiser.calibrated import KIND, key_of
+from ..denoiser.calibrated import KIND, Passes, key_of
 from ..denoiser.compensate import FEWEST as FEWEST_FIT
 from ..denoiser.compensate import KINDS, Compensation
 from ..denoiser.contract import denoisers
@@ -185,14 +185,19 @@ class _Work:
     def key(self, done: Quantised | None) -> dict[str, Any]:
         """What the result depends on."""
         shape: list[int] = []
+        passes, calls = Passes(self.engine.pipe), []
 
         def see(i: int, x: torch.Tensor) -> torch.Tensor:
             shape[:] = x.shape[1:]
+            calls.append(passes.taken())
             return x
 
         seen = watched(self.runs.scheduler, state=see)
-        self.engine.run(self.measured_on[0], seen, self.runs.steps)
-        return key_of(self.engine.pipe, seen, tuple(shape), None if done is None else done.recipe)
+        try:
+            self.engine.run(self.measured_on[0], seen, self.runs.steps)
+        finally:
+            passes.remove()
+        return key_of(self.engine.pipe, seen, tuple(shape), None if done is None else done.recipe, calls[0])
 
     # ------------------------------------------------------------------ with the cache on
     def learned(self, budget: int, measure: Measure, window: int) -> tuple[Cache, np.ndarray, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError, no_leftover
@@ -23,6 +24,11 @@ KINDS = {
     "gauss": "mean and axes of the latents, for Gaussian teleportation",
     "epsilon": "the constant of epsilon scaling",
     "spectrum": "the power spectrum of the latents, for runs that change resolution",
+}
+# Options that are not passed with --set, and how they are written.
+OWN = {"pipe": "MODEL", "prompts": "--prompts FILE", "out": "--out FILE", "batch": "--batch B", "seed": "--seed N"} | {
+    "call": "--call key=value",
+    "world": "torchrun --nproc-per-node P",
 }
 EPILOG = """\
 Any option of diffaccel.calibrate.KIND is passed with --set name=value, such as --set pairs=32 or --set order=3.
@@ -78,14 +84,15 @@ def run(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace, world: World) -> Artifact:
     """Everything that a rank does."""
     from .. import calibrate
-    from ..key_values import key_values
 
     function = getattr(calibrate, args.kind)
     known = inspect.signature(function).parameters
-    options = key_values(args.set, "--set")
+    options = settings(args.set)
     for name in ("calls", "sampler", "grid", "objective"):
         if getattr(args, name, None) is not None:
             options[name] = getattr(args, name)
+    if len(args.guidance or ()) > 1 and args.kind != "dc":
+        raise OptionError(f"--guidance takes several scales for dc alone; calibrate {args.kind} takes one at a time")
     if args.guidance is not None:
         options["guidance"] = args.guidance if len(args.guidance) > 1 else args.guidance[0]
     if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
@@ -98,6 +105,24 @@ def _calibrate(args: argparse.Namespace, world: World) -> Artifact:
     options |= {"call": call} if "call" in known and known["call"].kind is not inspect.Parameter.VAR_KEYWORD else call
     made: Artifact = function(pipe, prompts, out=args.out, batch=args.batch, seed=args.seed, **options)
     return made
+
+
+def settings(texts: list[str], more: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The options of `--set`.
+
+    Args:
+        more: further options that have an argument of their own: name -> how it is written.
+
+    Raises:
+        OptionError: an option that has an argument of its own.
+    """
+    from ..key_values import key_values
+
+    found = key_values(texts, "--set")
+    for name, written in {**OWN, **(more or {})}.items():
+        if name in found:
+            raise OptionError(f"--set {name}=... has an argument of its own: give {written}")
+    return found
 
 
 def prepared(args: argparse.Namespace, world: World) -> tuple[Any, list[str], dict[str, Any]]:

@@ -82,7 +82,7 @@ def dc(
     name = PARENTS[one_of("sampler", sampler, PARENTS)]
     parent = get(sampler)
     complete = parent.options(options)
-    scales = list(guidance) if isinstance(guidance, Sequence) else [guidance]
+    scales: list[float | None] = list(guidance) if isinstance(guidance, Sequence) else [guidance]
     processes = 1 if world is None else world.size
     few = pairs < max(2, processes) or held_out < max(FEWEST, processes)
     if few or not calls or min(calls) < dc_order + 1:
@@ -105,8 +105,10 @@ def dc(
     settings |= {"bounds": list(bounds), "objective": objective}
     settings["model"] = model_identity(pipe)
     engine = Engine(
-        pipe, prompts, call=call, batch=batch, seed=seed, out=out, settings=settings, progress=progress, world=world
-    )
+        pipe, prompts, guidance=scales[0], call=call, batch=batch, seed=seed, out=out, settings=settings,
+        progress=progress, world=world,
+    )  # fmt: skip
+    scales[0] = engine.guidance  # it may have been given as an argument of the call
     runs: list[dict[str, Any]] = []
     tensors: dict[str, np.ndarray] = {}
     expected = _expected(calls, len(scales), pairs, held_out, teacher_calls, dc_order, objective)

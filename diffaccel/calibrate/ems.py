@@ -153,7 +153,7 @@ def ems(
         "scheduler": {"sampler": "dpm_v3", "by_calls": by_calls},
         "path": path_identity(path, config["prediction_type"]),
         "model": settings["model"],
-        "guidance": guidance,
+        "guidance": engine.guidance,
         "shape": list(shape),
         "calls": list(calls),
         "seeds": {

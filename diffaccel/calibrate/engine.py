@@ -22,6 +22,7 @@ from safetensors.numpy import save as serialize
 from ..artifact import Artifact
 from ..core.node import Node
 from ..core.path import Nodes, Path
+from ..denoiser.contract import refuse_wrapped
 from ..drive import Driver, denoiser
 from ..errors import OptionError, RunError
 from ..parallel.protocol import SoloWorld, World
@@ -29,6 +30,7 @@ from ..schedulers.guards import output_for
 from .captured import Captured as Captured
 from .checkpoint import Checkpoint
 from .checkpoint import Tensors as Tensors
+from .guided import guided, scale_of, split
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Engine:
     Args:
         pipe: text-to-image or class-conditional; it is left as it was.
         prompts: used in turn (class numbers for class-conditional models).
-        guidance: scale, passed on as `guidance_scale`; None leaves the pipeline's own.
+        guidance: scale, passed on as `guidance_scale` (`true_cfg_scale` where the model has no input for that); None
+            leaves the pipeline's own.
         call: further arguments of the pipeline's call.
         batch: images in one pass.
         seed: of the first image; image i has seed + i.
@@ -59,7 +62,11 @@ class Engine:
         world: this process among others; each takes its share of the batches.
 
     Raises:
-        OptionError: a pipeline that cannot be driven, or has a cache enabled.
+        OptionError: a pipeline that cannot be driven, is wrapped, or has a cache enabled; guidance given twice.
+
+    Attributes:
+        own: arguments of the pipeline's call without the guidance scale.
+        call: all of them.
     """
 
     def __init__(
@@ -78,11 +85,13 @@ class Engine:
     ) -> None:
         if not prompts or batch < 1:
             raise OptionError(f"a calibration needs a prompt and a batch of 1 or more, got {len(prompts)} and {batch}")
-        self.pipe, self.prompts, self.guidance, self.batch, self.seed = pipe, list(prompts), guidance, batch, seed
-        self.call = dict(call or {}) | ({} if guidance is None else {"guidance_scale": guidance})
+        self.pipe, self.prompts, self.batch, self.seed = pipe, list(prompts), batch, seed
+        self.own, self.guidance = split(pipe, call or {}, guidance)
+        self.call = guided(pipe, self.own, self.guidance)
         self._key = Driver(pipe, self.call).key
         if not self.takes("latents"):
             raise OptionError(f"{type(pipe).__name__} takes no latents=, so no state can be handed to it")
+        refuse_wrapped(denoiser(pipe))
         if getattr(denoiser(pipe), "is_cache_enabled", False):
             raise OptionError("the denoiser has a cache enabled, which repeats old outputs; call disable_cache() first")
         self.world = world or SoloWorld()
@@ -103,9 +112,12 @@ class Engine:
 
     def guide(self, guidance: float | None) -> None:
         """Run with another guidance scale from here on; None: the pipeline's own."""
-        self.guidance = guidance
-        self.call = {k: v for k, v in self.call.items() if k != "guidance_scale"}
-        self.call |= {} if guidance is None else {"guidance_scale": guidance}
+        self.guidance, self.call = guidance, guided(self.pipe, self.own, guidance)
+
+    @property
+    def scale(self) -> Any:
+        """The guidance scale that the runs have, the pipeline's own included."""
+        return scale_of(self.pipe, self.call)
 
     # ------------------------------------------------------------------ cost
     @property
@@ -127,7 +139,7 @@ class Engine:
 
     @contextmanager
     def working(self, expected: int, what: str) -> Iterator[None]:
-        """A bar over `expected` model calls of this process; state is kept if the work is interrupted."""
+        """A bar over `expected` model calls of this process; what is finished is kept if the work is interrupted."""
         from tqdm import tqdm
 
         with tqdm(total=expected, initial=self.calls, unit="call", desc=what, disable=not self._progress) as bar:
@@ -135,8 +147,9 @@ class Engine:
             try:
                 yield
             except BaseException:
-                self.kept.notes |= {"calls": self.calls, "seconds": self.seconds}
-                self.kept.save()
+                if self.kept.arrays or set(self.kept.notes) - {"calls", "seconds"}:  # else nothing was finished
+                    self.kept.notes |= {"calls": self.calls, "seconds": self.seconds}
+                    self.kept.save()
                 raise
             finally:
                 self._bar = None

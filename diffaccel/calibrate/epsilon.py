@@ -106,7 +106,7 @@ def epsilon(
         {
             "path": path_identity(path, str(work.make(1.0).config.prediction_type)),
             "model": model_identity(pipe),
-            "guidance": guidance,
+            "guidance": engine.guidance,
             "calls": calls,
             "options": {"at_end": chosen, **({} if below is None else {"below": below})},
             "sampler": {"name": sampler, "options": dict(options or {})},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
@@ -13,15 +15,20 @@ from ..artifact import Artifact, path_identity
 from ..core.node import Node
 from ..core.path import Path
 from ..drive import denoiser
-from ..errors import OptionError
+from ..errors import ArtifactError, OptionError
 from ..identity import check_model
+from ..prompts import read_prompts
 from ..samplers.fitted import Rows, Tables
+from .engine import Engine
 from .fit_core import Fitted, Fitting, Plan
+from .fit_pipe import Piped
 from .fit_run import Functional
-from .fit_setup import artifact_of, budgets, default, prepared, teacher_of
+from .fit_setup import artifact_of, budgets, prepared, teacher_of
 from .grid import AUTO
+from .guided import SCALE, default
 
 KIND = "fit"
+GUIDANCE = ("guidance", SCALE)
 
 
 def fit(
@@ -131,30 +138,36 @@ def fit_function(
     return artifact_of(KIND, _json(plan), tables, common, meta)
 
 
-def extend(artifact: Artifact, pipe: Any, prompts: Any, calls: int | Sequence[int], **options: Any) -> Artifact:
+def extend(
+    artifact: Artifact | str | os.PathLike[str], pipe: Any, prompts: Any, calls: int | Sequence[int], **options: Any
+) -> Artifact:
     """The artifact with tables for further budgets, fitted as its own were.
 
     The rows are fitted to states that no artifact holds, so the teacher runs again.
 
     Args:
-        artifact: of `fit`, made on this checkpoint.
-        pipe, prompts, calls: as of `fit`; guidance and the plan are the artifact's.
-        options: `batch`, `memory_limit`, `out`, `progress`, and arguments of the pipeline's call.
+        artifact: of `fit`, made on this checkpoint, or its file.
+        pipe, prompts, calls: as of `fit`; guidance, the plan and the arguments of the pipeline's call are the
+            artifact's.
+        options: `batch`, `memory_limit`, `out`, `progress`, and arguments of the call that no file can hold (tensors).
 
     Raises:
-        ArtifactError: made on another checkpoint.
-        OptionError: budgets that it holds already, options that the artifact decides.
+        ArtifactError: made on another checkpoint, or for states of another shape.
+        OptionError: budgets that it holds already, options that the artifact decides, arguments of the call that it
+            does not hold and that are not given, or are others.
     """
-    check_model(artifact.of_kind(KIND), pipe)
+    artifact = (artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)).of_kind(KIND)
+    check_model(artifact, pipe)
     fixed = {k: v for k, v in artifact.meta["options"].items() if k != "calls"}
-    taken = sorted({*fixed, "guidance", "seed"} & set(options))
+    taken = sorted({*fixed, *GUIDANCE, "seed"} & set(options))
     known = sorted(set(budgets(calls)) & set(artifact.meta["calls"]))
     if taken or known:
         what = f"{', '.join(taken)}: decided by the artifact" if taken else f"it holds tables for {known} calls already"
         raise OptionError(f"extend: {what}")
-    guidance = artifact.meta["guidance"] if default(pipe, "guidance_scale") is not None else None
-    seed = artifact.meta["seeds"][0]
-    more = fit(pipe, prompts, calls, guidance=guidance, seed=seed, **fixed, **options)
+    own = {name: value for name, value in options.items() if name in inspect.signature(fit).parameters}
+    call = _replayed(artifact, pipe, {name: value for name, value in options.items() if name not in own})
+    _check_shape(artifact, pipe, prompts, call)
+    more = fit(pipe, prompts, calls, seed=artifact.meta["seeds"][0], **fixed, **own, **call)
     receipt = {**artifact.meta["receipt"], **more.meta["receipt"]}
     cost = {k: artifact.meta["cost"][k] + more.meta["cost"][k] for k in ("calls", "seconds")}
     both = sorted({*artifact.meta["calls"], *more.meta["calls"]})
@@ -172,6 +185,37 @@ def rows_of(artifact: Artifact, calls: int) -> Rows:
 
 
 # ---------------------------------------------------------------------- parts
+def _replayed(artifact: Artifact, pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the pipeline's call that a fit was made with; `given` has those that its file cannot hold."""
+    made: dict[str, str] = artifact.meta.get("call", {})
+    kept: dict[str, Any] = artifact.meta.get("arguments", {})
+    for name, value in given.items():
+        if made.get(name) != str(value):
+            was = f"{name}={made[name]}" if name in made else f"without {name}="
+            raise OptionError(
+                f"extend: {artifact.file} was fitted {was}, and {name}={value} is given; leave it out, or fit anew"
+            )
+    missing = sorted(set(made) - set(kept) - set(given))
+    if missing:
+        told = ", ".join(f"{name}={made[name]}" for name in missing)
+        raise OptionError(
+            f"extend: {artifact.file} was fitted with {told}, which it does not hold; pass the same again"
+        )
+    scale = {} if "arguments" in artifact.meta or default(pipe, SCALE) is None else {SCALE: artifact.meta["guidance"]}
+    return {**scale, **kept, **given}
+
+
+def _check_shape(artifact: Artifact, pipe: Any, prompts: Any, call: dict[str, Any]) -> None:
+    """Raise if a run with these arguments has states of another shape; the first model call of one tells."""
+    named = read_prompts(FilePath(prompts) if isinstance(prompts, os.PathLike) else prompts)
+    here, made = Piped(Engine(pipe, named, call=call, progress=False)).shape(), tuple(artifact.meta["shape"])
+    if here != made:
+        raise ArtifactError(
+            f"extend: {artifact.file} was fitted to states of shape {made}, this pipeline's are {here}. Pass the "
+            "arguments of the call that it was fitted with (height, width), or fit anew"
+        )
+
+
 def _grids(grids: str | Sequence[str]) -> tuple[str, ...]:
     if grids == "auto":
         return AUTO

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -48,10 +48,11 @@ class Setup:
         return {
             "path": path_identity(self.runner.path, self.runner.reading.settings["prediction_type"]),
             "model": model_identity(engine.pipe),
-            "guidance": engine.guidance if engine.guidance is not None else default(engine.pipe, "guidance_scale"),
+            "guidance": engine.scale,
             "shape": list(self.shape),
             "seeds": [engine.seed, engine.seed + plan.samples + plan.holdout],
             "call": {k: str(v) for k, v in call.items()},
+            "arguments": {k: v for k, v in engine.call.items() if _plain(v)},
             "cost": engine.cost,
         }
 
@@ -98,10 +99,12 @@ def budgets(calls: int | Sequence[int]) -> tuple[int, ...]:
     return (calls,) if isinstance(calls, int) else tuple(sorted(set(calls)))
 
 
-def default(pipe: Any, name: str) -> Any:
-    """The default of an argument of the pipeline's call; None if there is none."""
-    found = inspect.signature(pipe.__call__).parameters.get(name)
-    return None if found is None or found.default is inspect.Parameter.empty else found.default
+def _plain(value: Any) -> bool:
+    """Whether JSON gives it back as it is."""
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError):
+        return False
 
 
 def _rivals(pipe: Any, which: str) -> list[Any]:

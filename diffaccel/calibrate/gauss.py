@@ -98,7 +98,7 @@ def gauss(
         {
             "path": path_identity(path, config_prediction(config)),
             "model": model_identity(pipe),
-            "guidance": guidance,
+            "guidance": engine.guidance,
             "shape": list(shape),
             "options": {"skip_to": skip},
             "seeds": [seed, seed + images + held_out],

@@ -113,7 +113,7 @@ def spectrum(
         {
             "path": path_identity(Path.from_config(config), config_prediction(config)),
             "model": model_identity(pipe),
-            "guidance": guidance,
+            "guidance": engine.guidance,
             "seeds": [seed, seed + images],
             "cost": engine.cost,
             "receipt": receipt,

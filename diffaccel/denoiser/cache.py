@@ -146,7 +146,8 @@ class Cache:
                 "first_block needs threshold=: no value suits all models. Run once with a small one (0.05) and read "
                 "the quantiles of d in report()"
             )
-        if not 0 < float(threshold) < 1:
+        number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+        if not number or not 0 < threshold < 1:
             raise OptionError(f"threshold={threshold!r} must lie between 0 and 1: it bounds a relative change")
         return cls("first_block", threshold=float(threshold), max_run=_whole("max_run", max_run, 1),
                    accumulate=bool(accumulate), cfg=one_of("cfg", cfg, CFG),
@@ -211,9 +212,10 @@ def _whole(name: str, value: Any, least: int) -> int:
 
 
 def _mask(rows: Sequence[int]) -> tuple[int, ...]:
-    found = tuple(int(r) for r in rows if r in (0, 1))
-    if len(found) != len(rows) or not found:
-        raise OptionError(f"a mask is a list of 0 and 1, one for each step; not {list(rows)!r}")
+    given = list(rows) if isinstance(rows, Iterable) else []
+    found = tuple(int(r) for r in given if r in (0, 1))
+    if len(found) != len(given) or not found:
+        raise OptionError(f"a mask is a list of 0 and 1, one for each step; not {rows!r}")
     if not found[0]:
         raise OptionError("mask[0] is 0, but there is nothing to reuse at the first step: it must be 1")
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +17,16 @@ from ..errors import ArtifactError
 from ..identity import EXACT, both_sides, differing
 from .cache import Cache, letters
 from .compensate import Compensation
+from .contract import denoisers
 
 KIND = "cache"
+PASSES = "number of model calls a step"  # of a key: guidance by two calls, or none
 CHOICES = ("forecast", "level", "variable")  # of a cache, beside its mask
 
 
-def key_of(pipe: Any, scheduler: Any, shape: tuple[int, ...], quant: Mapping[str, Any] | None) -> dict[str, Any]:
+def key_of(
+    pipe: Any, scheduler: Any, shape: tuple[int, ...], quant: Mapping[str, Any] | None, passes: int = 0
+) -> dict[str, Any]:
     """What calibrated data of a cache depends on beside the checkpoint, during or after a run.
 
     Args:
@@ -29,6 +34,7 @@ def key_of(pipe: Any, scheduler: Any, shape: tuple[int, ...], quant: Mapping[str
         scheduler: after `set_timesteps`.
         shape: of one sample of the state, without the batch.
         quant: the recipe of the quantisation (`Quantised.recipe`), or None.
+        passes: calls of the denoiser in a step; 0: not known.
 
     Returns:
         JSON values; the grid's is a hash of the timesteps and sigmas.
@@ -42,7 +48,36 @@ def key_of(pipe: Any, scheduler: Any, shape: tuple[int, ...], quant: Mapping[str
         "guidance": guidance_of(pipe),
         "shape": [int(n) for n in shape],
         "quantisation": None if quant is None else {k: quant[k] for k in ("mode", "layers")},
+        **({PASSES: passes} if passes else {}),
     }
+
+
+class Passes:
+    """Counts calls of a pipeline's denoisers until `taken`: guidance that calls twice is no part of its scale.
+
+    Args:
+        pipe: whose denoisers are watched, until `remove`.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe, self._local = pipe, threading.local()
+        self._handles = [model.register_forward_pre_hook(self._count) for model in denoisers(pipe).values()]
+
+    def _count(self, *_: Any) -> None:
+        now = self._pipe.scheduler.timesteps
+        if getattr(self._local, "timesteps", None) is not now:  # a run that ended in an error left its count
+            self._local.timesteps, self._local.count = now, 0
+        self._local.count += 1
+
+    def taken(self) -> int:
+        """Calls in this thread since the last time."""
+        found, self._local.count = getattr(self._local, "count", 0), 0
+        return found
+
+    def remove(self) -> None:
+        """Stop counting; twice is fine."""
+        while self._handles:
+            self._handles.pop().remove()
 
 
 def grid_hash(scheduler: Any) -> str:
@@ -121,7 +156,7 @@ class Calibrated:
         """
         made = self.artifact.meta["key"]
         for name, here in key.items():
-            if made.get(name) != here:
+            if made.get(name) != here and (name != PASSES or name in made):  # older artifacts do not say it
                 raise ArtifactError(
                     f"{self.artifact.file} was calibrated at another {name}.\n  artifact: {_short(made.get(name))}\n"
                     f"  here:     {_short(here)}\nCalibrate again with this setting."

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ PREFIX = "diffaccel."  # of the names of our hooks
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
 SAMPLES = ("sample", "hidden_states")
 TIME = "timestep"
+_MARKED: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
@@ -160,7 +162,17 @@ class ThreadContext(StateManager):
         self._local.context = None
 
 
-class DenoiserHook(ModelHook):
+class Uncopied(ModelHook):
+    """Base of hooks that refuse to be copied with their model."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise OptionError(
+            "a wrapped denoiser was copied; the copy would run the weights of the original. Take the wrapper off first "
+            "(remove()), copy, and wrap the copy"
+        )
+
+
+class DenoiserHook(Uncopied):
     """Base of hooks on a denoiser: understands each call and hands it to `answer`."""
 
     _is_stateful = True
@@ -221,9 +233,20 @@ def hooks_of(module: torch.nn.Module) -> Iterator[tuple[str, ModelHook]]:
             yield from registry.hooks.items()
 
 
+def mark(module: torch.nn.Module, name: str) -> None:
+    """Say that a module is wrapped where no hook says it, until `unmark`; copies of it are not."""
+    _MARKED[module] = name
+
+
+def unmark(module: torch.nn.Module) -> None:
+    """Take the mark back; twice is fine."""
+    _MARKED.pop(module, None)
+
+
 def refuse_wrapped(module: torch.nn.Module) -> None:
     """Raise `OptionError` if one of our wrappers is on a denoiser: two answers for one call do not compose."""
-    for name, _ in hooks_of(module):
+    marks = [_MARKED[module]] if module in _MARKED else []
+    for name in (*(name for name, _ in hooks_of(module)), *marks):
         if name.startswith(PREFIX):
             raise OptionError(
                 f"this pipeline is wrapped by {name.removeprefix(PREFIX)!r} already; call .remove() on that handle "

@@ -52,13 +52,23 @@ class Quant:
     def __post_init__(self) -> None:
         one_of("quantisation", self.mode, MODES)
         one_of("backend of quantisation", self.backend, BACKENDS)
-        if self.min_features < 1:
-            raise OptionError(f"min_features is a width, got {self.min_features}")
-        object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
+        width = self.min_features
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise OptionError(f"min_features is a width, got {width!r}")
+        skip = (self.skip,) if isinstance(self.skip, str) else self.skip
+        if not isinstance(skip, (tuple, list)) or not all(isinstance(pattern, str) for pattern in skip):
+            raise OptionError(f"skip is a pattern of layer names, or several, got {self.skip!r}")
+        object.__setattr__(self, "skip", tuple(skip))
 
     @classmethod
     def of(cls, value: Quant | str | None) -> Quant | None:
-        """The settings that an option `quant=` means."""
+        """The settings that an option `quant=` means.
+
+        Raises:
+            OptionError: anything else than `Quant`, a mode or None.
+        """
+        if value is not None and not isinstance(value, (Quant, str)):
+            raise OptionError(f"quant={value!r} is no quantisation; give one of {', '.join(MODES)}, or Quant(...)")
         return cls(value) if isinstance(value, str) else value
 
 
@@ -204,8 +214,7 @@ def quantise(module: torch.nn.Module, quant: Quant | Artifact | str | os.PathLik
     if isinstance(quant, Artifact) or (isinstance(quant, (str, os.PathLike)) and str(quant) not in MODES):
         recipe = _recipe_of(quant)
         quant = Quant(recipe.meta["quant"]["mode"])
-    assert isinstance(quant, (Quant, str))
-    quant = Quant.of(quant) or Quant()
+    quant = Quant.of(quant) or Quant()  # type: ignore[arg-type]
     _refuse(module, quant)
     identity = model_identity(module)
     layers, skipped = _chosen(module, quant) if recipe is None else _listed(module, recipe, identity)

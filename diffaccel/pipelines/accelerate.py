@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..artifact import Artifact, Receipt, check_path
+from ..calibrate.guided import scale_name
 from ..errors import ArtifactError, ArtifactWarning, OptionError, RunError
 from ..identity import check_guidance, check_model
 from ..schedulers.from_config import read
@@ -60,8 +61,9 @@ class Accelerated:
                 f"{self.recipe.file} is a recipe for {calls} model calls, not {asked}; leave num_inference_steps "
                 f"out, or tune again with --calls {asked}"
             )
-        if isinstance(kwargs.get("guidance_scale"), (int, float)):
-            check_guidance(self.recipe.as_artifact(), kwargs["guidance_scale"])
+        scale = kwargs.get(scale_name(self.pipe))
+        if isinstance(scale, (int, float)):
+            check_guidance(self.recipe.as_artifact(), scale)
         return self.inner(*args, **kwargs)
 
     def report(self) -> AccelerateReport:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers.hooks import ModelHook
 
 from ..calibrate.captured import model_config
 from ..denoiser.cache import Cache
-from ..denoiser.contract import PREFIX, attach, detach, outermost
+from ..denoiser.contract import PREFIX, Uncopied, attach, detach, outermost
 from ..drive import denoiser
 from ..errors import ArtifactError, ArtifactWarning, RunError, one_of
 from ..schedulers import TableScheduler
@@ -48,7 +47,7 @@ def applied(pipe: Any, choice: Choice) -> Any:
 
 
 # ---------------------------------------------------------------------- schedulers
-class Guard(ModelHook):
+class Guard(Uncopied):
     """Sees to it, before the first model call of a run, that the run is the recipe's."""
 
     def __init__(self, scheduler: TableScheduler, choice: Choice) -> None:
@@ -134,6 +133,7 @@ class Cached:
         except BaseException:
             pipe.scheduler = self._original
             raise
+        self._on = True
         attach(denoiser(pipe), self.guard, PREFIX + "accelerate")  # above the cache: before anything is reused
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -150,7 +150,7 @@ class Cached:
         Raises:
             RunError: if somebody put another scheduler or a hook in place meanwhile; nothing is undone then.
         """
-        if self._inner is None:
+        if not self._on:
             return
         if self.pipe.scheduler is not self._scheduler:
             raise RunError(
@@ -161,7 +161,7 @@ class Cached:
             raise RunError("accelerate: another hook lies above this recipe's; remove that one first")
         detach(denoiser(self.pipe), PREFIX + "accelerate")
         self._inner.remove()
-        self.pipe.scheduler, self._inner = self._original, None
+        self.pipe.scheduler, self._on = self._original, False
 
     def __enter__(self) -> Cached:
         return self

@@ -19,6 +19,7 @@ from ..artifact import Artifact
 from ..calibrate.spectrum import law_of
 from ..core.stage_plan import preset
 from ..core.stages import Size, Spectrum, Stage, flow_time, step_equivalents
+from ..denoiser.contract import Uncopied
 from ..errors import OptionError, RunError, one_of
 from ..schedulers.resize import packed, unpacked
 from ..schedulers.staged import StagedScheduler
@@ -98,7 +99,7 @@ class _Costs:
 
 
 # ---------------------------------------------------------------------- the hook
-class _SizeHook(ModelHook):
+class _SizeHook(Uncopied):
     """Gives the denoiser the size of the present stage, and counts what a call at each size costs."""
 
     def __init__(self, scheduler: StagedScheduler, layout: Layout, microcond: str, guard: Any, costs: _Costs) -> None:

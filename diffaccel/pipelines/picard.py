@@ -22,6 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..core.prediction import Output, pair
 from ..core.table import Table
+from ..denoiser.contract import Uncopied
 from ..errors import OptionError, RunError
 from ..parallel.picard import Picard, Work, check_options
 from ..schedulers.from_config import output_of
@@ -233,7 +234,7 @@ NONLINEAR = (
 )
 
 
-class _WindowHook(ModelHook):
+class _WindowHook(Uncopied):
     """Calls the denoiser on all states of the window at once."""
 
     def __init__(self, scheduler: PicardScheduler) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from ..denoiser.after_step import with_action
 from ..denoiser.cache import Cache
 from ..denoiser.cache_attach import Attached, attach_cache
 from ..denoiser.cache_report import CacheReport
-from ..denoiser.calibrated import Calibrated, key_of
+from ..denoiser.calibrated import Calibrated, Passes, key_of
 from ..denoiser.compensate import Compensation
-from ..denoiser.contract import denoisers
+from ..denoiser.contract import PREFIX, denoisers, mark, unmark
 from ..denoiser.quant import Quant, Quantised, quantise
 from ..errors import ArtifactError, OptionError, RunError
 from ..identity import adapter_strengths, model_identity
@@ -78,6 +79,9 @@ class QuantCache:
         self._compensation: Compensation | None = None
         self._adapters: list[str] = []
         self._local = threading.local()
+        self._passes: Passes | None = None
+        self._last: QuantCacheReport | None = None  # kept by `remove`
+        self._removed = False
         try:
             self._apply(cache, quant)
         except BaseException:
@@ -95,18 +99,20 @@ class QuantCache:
                 done.run_of = lambda: self.pipe.scheduler.timesteps
         if cache is not None:
             self._cache = attach_cache(self.pipe, cache)
+        for done in self._quantised.values():
+            mark(done.module, PREFIX + NAME)
         if self._calibrated is not None and cache is not None and self._cache is not None:
             number = self._calibrated.run(cache, self._cache.level)
             self._compensation = self._calibrated.compensation(number)
             self._adapters = _adapters(self.pipe)
             self._original = self.pipe.scheduler
             self._scheduler = self.pipe.scheduler = with_action(self._original, self._after_step)
+            self._passes = Passes(self.pipe)
 
     # ------------------------------------------------------------------ use
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`pipe(...)`."""
-        if self._cache is None and not self._quantised:
-            raise RunError("this wrapper was removed")
+        self._refuse_removed()
         return self.pipe(*args, **kwargs)
 
     def memory(self, *args: Any, **kwargs: Any) -> int:
@@ -117,7 +123,9 @@ class QuantCache:
 
         Raises:
             OptionError: without a cache.
+            RunError: after `remove`.
         """
+        self._refuse_removed()
         if self._cache is None:
             raise OptionError("there is no cache, so nothing is kept; memory() is of quant_cache(pipe, cache=...)")
         return self._cache.memory(lambda: self.pipe(*args, **kwargs))
@@ -133,7 +141,9 @@ class QuantCache:
 
         Raises:
             OptionError: without a cache; compile the pipeline as ever, then (`compile_repeated_blocks`).
+            RunError: after `remove`.
         """
+        self._refuse_removed()
         if self._cache is None:
             raise OptionError(
                 "there is no cache to keep out of compiled code; use the model's compile_repeated_blocks()"
@@ -141,11 +151,15 @@ class QuantCache:
         self._cache.compile(**options)
 
     def report(self) -> QuantCacheReport:
-        """What was measured in this thread's last run.
+        """What was measured in this thread's last run; after `remove`, in the last one of the thread that removed it.
 
         Raises:
             RunError: if there was none.
         """
+        if self._last is not None:
+            return self._last
+        if self._removed:
+            raise RunError("no run was made before this wrapper was removed, so nothing was measured")
         return QuantCacheReport(
             None if self._cache is None else self._cache.report(),
             {name: str(done) for name, done in self._quantised.items()},
@@ -173,12 +187,20 @@ class QuantCache:
             self._cache.check_removable()
         for done in undoable:
             done.check_undoable()
+        if not self._removed:
+            with contextlib.suppress(RunError):  # no run was made
+                self._last = self.report()
+            self._removed = True
         if self._scheduler is not None:
             self.pipe.scheduler = self._original
             self._scheduler = self._original = None
+        if self._passes is not None:
+            self._passes.remove()
         if self._cache is not None:
             self._cache.remove()
             self._cache = None
+        for done in self._quantised.values():
+            unmark(done.module)
         for done in undoable:
             done.undo()
         self._quantised = {}
@@ -189,8 +211,13 @@ class QuantCache:
     def __exit__(self, *error: Any) -> None:
         self.remove()
 
+    def _refuse_removed(self) -> None:
+        if self._removed:
+            raise RunError("this wrapper was removed; call quant_cache() again")
+
     # ------------------------------------------------------------------ after each step
     def _after_step(self, step: int, x: torch.Tensor, scheduler: Any) -> torch.Tensor:
+        passes = 0 if self._passes is None else self._passes.taken()
         if getattr(self._local, "timesteps", None) is not scheduler.timesteps:
             assert self._calibrated is not None
             now = _adapters(self.pipe)
@@ -200,7 +227,7 @@ class QuantCache:
                     f"when the wrapper was put on, here {now or 'none'}. Calibrate with them, or leave artifact= out"
                 )
             recipe = next(iter(self._quantised.values())).recipe if self._quantised else None
-            self._calibrated.check(key_of(self.pipe, scheduler, tuple(x.shape[1:]), recipe))
+            self._calibrated.check(key_of(self.pipe, scheduler, tuple(x.shape[1:]), recipe, passes))
             self._local.timesteps, self._local.steps = scheduler.timesteps, 0
         if self._compensation is None:
             return x
@@ -243,6 +270,8 @@ def quant_cache(
             has no parts that the cache knows.
         ArtifactError: an artifact of another checkpoint, or not of these settings.
     """
+    if not hasattr(pipe, "scheduler"):
+        raise OptionError(f"{NAME} needs a pipeline, with its scheduler and its denoiser, got a {type(pipe).__name__}")
     if cache is not None and not isinstance(cache, Cache):
         raise OptionError(
             f"cache={cache!r} is no Cache; Cache.every(3), Cache.mask([...]), Cache.first_block(0.1), ..."

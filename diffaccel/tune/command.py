@@ -58,12 +58,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace, world: World) -> Any:
-    from ..calibrate.command import prepared
-    from ..key_values import key_values
+    from ..calibrate.command import prepared, settings
     from .candidates import USUAL
     from .run import tune
 
-    options = key_values(args.set, "--set")
+    options = settings(args.set, {"calls": "--calls N", "tables": "--table FILE"})
     options |= {name: getattr(args, name) for name in PASSED if getattr(args, name) is not None}
     if args.more:
         options["sources"] = (*USUAL, *args.more)

@@ -16,7 +16,6 @@ from ..artifact import Artifact, Receipt, path_identity
 from ..calibrate.engine import Engine
 from ..calibrate.fit import fit as fit_tables
 from ..calibrate.fit_core import Plan as FitPlan
-from ..calibrate.fit_setup import default
 from ..errors import ArtifactError, OptionError
 from ..identity import check_model, model_identity
 from ..pipelines.applied import applied
@@ -97,8 +96,8 @@ def tune(
     *,
     images: int = 48,
     holdout: int = 48,
-    sources: Sequence[str] = USUAL,
-    tables: Sequence[str | os.PathLike[str] | Artifact] = (),
+    sources: str | Sequence[str] = USUAL,
+    tables: str | os.PathLike[str] | Artifact | Sequence[str | os.PathLike[str] | Artifact] = (),
     fit: bool | Mapping[str, Any] = True,
     stock: bool = True,
     teacher_steps: int = 100,
@@ -124,7 +123,7 @@ def tune(
         calls: N; a pair for classifier-free guidance counts once.
         images: S, by which candidates are compared; image i has prompt i (mod their number) and seed + i.
         holdout: H, the next ones, which only judge.
-        sources: of candidates: `tune.SOURCES`. "staged" competes at equal work.
+        sources: of candidates, one or more of `tune.SOURCES`. "staged" competes at equal work.
         tables: calibrated artifacts of this checkpoint that compete ("fitted").
         fit: whether "fitted" also fits a table (`calibrate.fit`, on images of its own); a dict is its options.
         stock: whether to search diffusers' own schedulers for the receipt.
@@ -143,11 +142,15 @@ def tune(
     if prompts is None:
         raise OptionError("tune needs prompts: like those that you will use, a list or a file (one a line)")
     refuse_wrapped(pipe)
+    if not isinstance(fit, (bool, Mapping)):
+        raise OptionError(f"fit must be True, False or options of calibrate.fit (a dict), got {fit!r}")
+    sources = (sources,) if isinstance(sources, str) else tuple(sources)
+    tables = (tables,) if isinstance(tables, (str, os.PathLike, Artifact)) else tables
     named = read_prompts(Path(prompts) if isinstance(prompts, os.PathLike) else prompts)
     if "fitted" not in sources and tables:
         raise OptionError("tables= would have no effect: 'fitted' is not among the sources")
     fitting = None if fit is False or "fitted" not in sources else FIT | (dict(fit) if isinstance(fit, Mapping) else {})
-    plan = Plan(calls, images, holdout, teacher_steps, tuple(sources), fitting, stock)
+    plan = Plan(calls, images, holdout, teacher_steps, sources, fitting, stock)
     held = [_table(given, pipe) for given in tables]
     settings = {"kind": "tune", "plan": _json(plan), "model": model_identity(pipe)["weights_sha256"]}
     settings["tables"] = [artifact.sha256 for artifact in held]
@@ -229,8 +232,7 @@ class Tuning:
         shift = first % len(engine.prompts)
         given = {"prompts": engine.prompts[shift:] + engine.prompts[:shift], "seed": engine.seed + first}
         given |= {"calls": plan.calls, "batch": engine.batch, "teacher_steps": plan.teacher_steps}
-        call = {k: v for k, v in engine.call.items() if k != "guidance_scale"}
-        return given | {"guidance": engine.guidance} | dict(plan.fit or {}) | call
+        return given | {"guidance": engine.guidance} | dict(plan.fit or {}) | engine.own
 
     def _fit_cost(self) -> int:
         """Model calls of the fit, at most, where its states fit in memory."""
@@ -294,7 +296,7 @@ class Tuning:
             "given": len(engine.prompts),
             "those that judge chose nothing": len(engine.prompts) >= stop,
         }
-        scale = engine.guidance if engine.guidance is not None else default(engine.pipe, "guidance_scale")
+        scale = engine.scale
         made_on = {
             "pipeline": type(engine.pipe).__name__,
             "model": model_identity(engine.pipe),

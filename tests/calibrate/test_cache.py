@@ -122,6 +122,7 @@ def test_the_kept_mask_is_no_worse_than_any_interval_of_as_many_full_steps(pipe,
 
 def test_the_pipeline_is_left_as_it_was(pipe, made):
     assert not any(hasattr(m, "_diffusers_hook") for m in pipe.unet.modules())
+    assert not pipe.unet._forward_pre_hooks and made.meta["key"]["number of model calls a step"] == 1
     assert "step" not in vars(pipe.scheduler)
 
 

@@ -87,6 +87,24 @@ def test_bad_arguments(arguments, message, tmp_path, capsys):
     assert "calibrate ems takes no option 'pears'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "--guidance", "4", "7"], "several scales for dc alone; calibrate fit takes one"),
+        (["cache", "--guidance", "4", "7"], "several scales for dc alone; calibrate cache takes one"),
+        (["fit", "--set", "batch=4"], "--set batch=... has an argument of its own: give --batch B"),
+        (["ems", "--set", "pipe=4"], "give MODEL"),
+        (["ays", "--set", "until=zzz"], "until must be a level"),
+    ],
+)
+def test_arguments_that_are_refused_leave_nothing(arguments, message, tmp_path, capsys):
+    kind, *rest = arguments
+    out = str(tmp_path / "x.safetensors")
+    assert main(["calibrate", kind, "tiny-sd", "--calls", "4", "--out", out, "--cpu", *rest]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and "at most" not in said.out and not list(tmp_path.iterdir())
+
+
 def test_a_model_of_ones_own_needs_prompts(tmp_path, capsys):
     build("sd15").save_pretrained(tmp_path / "m")
     assert main(["calibrate", "dc", str(tmp_path / "m"), "--calls", "4", "--out", str(tmp_path / "x")]) == 2

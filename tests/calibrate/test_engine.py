@@ -11,6 +11,7 @@ import pytest
 import torch
 from mixture_pipe import mixture_pipe
 
+import diffaccel as da
 from diffaccel import models
 from diffaccel.calibrate.captured import Captured
 from diffaccel.calibrate.checkpoint import Checkpoint
@@ -99,6 +100,35 @@ def test_half_precision(dtype):
     assert torch.equal(x, seen[1][0].double()) and torch.isfinite(out).all()
 
 
+def test_the_scale_is_what_the_run_has():
+    assert engine_of("sd15", guidance=None).scale == 7.5
+    pipe = build("sd15")
+    engine = Engine(pipe, ["a"], call={"guidance_scale": 1.0}, progress=False)
+    assert engine.guidance == engine.scale == 1.0 and not engine.own
+    engine.guide(3.0)
+    assert engine.call == {"guidance_scale": 3.0}
+    with pytest.raises(OptionError, match=r"guidance=2.0 and guidance_scale=1.0 say the same"):
+        Engine(pipe, ["a"], guidance=2.0, call={"guidance_scale": 1.0}, progress=False)
+    with pytest.raises(OptionError, match=r"guidance must be one number, got \[4, 7\]"):
+        Engine(pipe, ["a"], guidance=[4, 7], progress=False)
+
+
+def test_guidance_is_true_guidance_where_the_model_knows_no_other():
+    pipe, seen = build("qwen_image"), []
+    size = {"height": 32, "width": 32}
+    engine = Engine(pipe, ["a red fox", "a hat"], guidance=4.0, call=size, batch=2, progress=False)
+    hook = denoiser(pipe).register_forward_hook(lambda *_: seen.append(1))
+    batch, config = engine.batches(0, 2)[0], pipe.scheduler.config
+    guided = engine.run(batch, Captured.of(config, "ddim"), 2)
+    assert len(seen) == 4 and engine.scale == 4.0 and engine.call["negative_prompt"] == " "
+    plain = Engine(pipe, ["a red fox", "a hat"], call=size | {"true_cfg_scale": 4.0}, batch=2, progress=False)
+    assert plain.scale == 1.0  # without a negative prompt the pipeline does not guide
+    assert not torch.equal(plain.run(batch, Captured.of(config, "ddim"), 2), guided) and len(seen) == 6
+    hook.remove()
+    with pytest.raises(OptionError, match="both mean true_cfg_scale"):
+        Engine(pipe, ["a"], guidance=4.0, call={"true_cfg_scale": 2.0}, progress=False)
+
+
 def test_an_offloaded_model():
     from accelerate import cpu_offload
 
@@ -152,6 +182,23 @@ def test_bad_engines():
             Engine(mixture_pipe(), ["0"], progress=False, **options)
     with pytest.raises(OptionError, match="needs a prompt"):
         Engine(mixture_pipe(), [], progress=False)
+
+
+def test_state_is_written_once_something_is_finished(tmp_path):
+    engine = engine_of("sd15", out=tmp_path / "x.safetensors")
+    for arrays in ({}, {"a": np.ones(1)}):
+        engine.kept.arrays |= arrays
+        with pytest.raises(KeyboardInterrupt), engine.working(4, "test"):
+            engine.calls += 1
+            raise KeyboardInterrupt
+        assert [p.name for p in tmp_path.iterdir()] == (["x.safetensors.partial"] if arrays else [])
+
+
+def test_a_wrapped_pipeline_is_refused():
+    pipe = build("sd3")
+    with da.quant_cache(pipe, cache=da.Cache.every(3)), pytest.raises(OptionError, match="wrapped by 'quant_cache'"):
+        Engine(pipe, ["a"], progress=False)
+    Engine(pipe, ["a"], progress=False)
 
 
 # ---------------------------------------------------------------------- sharing and going on

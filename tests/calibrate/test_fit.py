@@ -273,7 +273,7 @@ def test_saved_copied_and_pickled_it_is_the_same(sd15: tuple[Any, Artifact], tmp
 # ---------------------------------------------------------------------- further budgets
 def test_extend_adds_budgets(sd15: tuple[Any, Artifact]) -> None:
     pipe, made = sd15
-    both = calibrate.extend(made, pipe, PROMPTS, 4, progress=False, **call_of("sd15"))
+    both = calibrate.extend(made, pipe, PROMPTS, 4, progress=False)
     assert both.meta["calls"] == [3, 4, 5]
     for name, values in made.tensors.items():
         assert np.array_equal(both.tensors[name], values)
@@ -287,6 +287,32 @@ def test_extend_adds_budgets(sd15: tuple[Any, Artifact]) -> None:
         calibrate.extend(made, pipe, PROMPTS, 4, ridge=1.0)
     with pytest.raises(ArtifactError, match="other weights"):
         calibrate.extend(made, pipelines.build("sd15", seed=1), PROMPTS, 4)
+
+
+def test_extend_runs_the_call_that_the_artifact_was_fitted_with(tmp_path: FilePath) -> None:
+    pipe, made = piped("sd15", height=48, width=48)
+    made.save(tmp_path / "fit.safetensors")
+    runs: list[dict[str, Any]] = []
+    own = Engine.run
+
+    def see(self: Engine, *args: Any, **kwargs: Any) -> Any:
+        runs.append(self.call)
+        return own(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "run", see)
+        calibrate.extend(tmp_path / "fit.safetensors", pipe, PROMPTS, 3, progress=False)
+    assert runs and all(call == {"height": 48, "width": 48, "guidance_scale": 4.0} for call in runs)
+    with pytest.raises(OptionError, match="fitted height=48, and height=64 is given"):
+        calibrate.extend(made, pipe, PROMPTS, 3, height=64)
+    with pytest.raises(OptionError, match="guidance_scale: decided by the artifact"):
+        calibrate.extend(made, pipe, PROMPTS, 3, guidance_scale=2.0)
+    old = Artifact("fit", made.tensors, {k: v for k, v in made.meta.items() if k != "arguments"})
+    with pytest.raises(OptionError, match="height=48, width=48, which it does not hold"):
+        calibrate.extend(old, pipe, PROMPTS, 3)
+    other = Artifact("fit", made.tensors, made.meta | {"shape": [4, 8, 8]})
+    with pytest.raises(ArtifactError, match=r"states of shape \(4, 8, 8\), this pipeline's are \(4, 24, 24\)"):
+        calibrate.extend(other, pipe, PROMPTS, 3)
 
 
 def test_a_sweep_knows_which_budgets_an_artifact_has(sd15: tuple[Any, Artifact]) -> None:

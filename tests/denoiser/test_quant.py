@@ -11,6 +11,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 
 from diffaccel.denoiser.quant import Quant, quantise
 from diffaccel.errors import ArtifactError, OptionError, RunError
+from diffaccel.identity import model_identity
 
 pytest.importorskip("torchao", reason="the extra 'quant' is not installed")
 from torchao.quantization import PerRow
@@ -88,6 +89,16 @@ def test_a_deep_copy_answers_the_same_and_guards_itself(model):
     with pytest.raises(RunError, match="bfloat16"):
         answer(twin)
     answer(model)
+
+
+def test_a_quantised_model_has_an_identity_of_its_own(model):
+    plain, found = model_identity(model), []
+    for mode in ("w8a8", "w8"):
+        done = quantise(model, mode)
+        found.append(model_identity(model))
+        assert found[-1] == model_identity(model) and "int8" in found[-1]["dtype"]
+        done.undo()
+    assert plain["weights_sha256"] not in [f["weights_sha256"] for f in found] and model_identity(model) == plain
 
 
 # ---------------------------------------------------------------------- batch mates

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 
 import diffaccel as da
 from diffaccel import models
@@ -104,6 +106,13 @@ def test_twice_is_refused_and_removed_twice_is_fine(sd):
     assert pipe.scheduler is before
 
 
+def test_a_copy_is_refused(sd):
+    pipe, _ = sd
+    with da.accelerate(pipe, recipe_for(*sd)), pytest.raises(OptionError, match="run the weights of the original"):
+        copy.deepcopy(pipe)
+    assert copy.deepcopy(pipe).unet is not pipe.unet
+
+
 def test_the_scheduler_is_back_after_an_error(sd):
     before = sd[0].scheduler
     with pytest.raises(ZeroDivisionError), da.accelerate(sd[0], recipe_for(*sd)):
@@ -131,6 +140,12 @@ def test_another_checkpoint_is_refused_and_a_fine_tune_warned_about(sd):
     with pytest.warns(ArtifactWarning, match="other weights"), da.accelerate(other, recipe_for(*sd), strict=False) as h:
         h("a red fox", height=32, width=32, output_type="latent")
     assert sd[0].scheduler is before
+
+
+def test_another_scheduler_of_the_checkpoint_is_no_other_path(sd):
+    pipe = build("sd15")
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    da.accelerate(pipe, recipe_for(*sd)).remove()
 
 
 def test_another_kind_of_pipeline_or_path_is_refused(sd):
@@ -171,6 +186,17 @@ def test_another_guidance_scale_and_a_receipt_without_benefit_are_warned_about(s
         da.accelerate(sd[0], recipe_for(*sd, helps=False)).remove()
     with pytest.raises(OptionError, match="recipe must be a file or a Recipe, got a dict"):
         da.accelerate(sd[0], {})
+
+
+def test_the_scale_of_true_guidance_is_compared():
+    pipe = build("qwen_image")
+    kwargs = call_kwargs("qwen_image", num_inference_steps=3)
+    made = recipe_for(pipe, seen_shape(pipe, kwargs), guidance=8.0)
+    with (
+        da.accelerate(pipe, made) as h,
+        pytest.warns(ArtifactWarning, match="calibrated at guidance 8, this run uses 2"),
+    ):
+        h(**kwargs)
 
 
 def test_a_choice_of_our_own_scheduler_is_replaced_whole(sd):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 
@@ -12,6 +13,7 @@ from accelerate import cpu_offload
 from calibrated_cache import STEPS, artifact_for
 
 import diffaccel as da
+from diffaccel.artifact import Artifact
 from diffaccel.errors import ArtifactError, OptionError, RunError
 from diffaccel.schedulers import FSamplerScheduler, RestartScheduler, TableScheduler
 from diffaccel.testing.pipelines import call_kwargs, denoiser
@@ -88,6 +90,20 @@ def test_a_removed_handle_does_not_pretend():
     h.remove()
     with pytest.raises(RunError, match="removed"):
         h("a prompt")
+    for use in (lambda: h.memory("a prompt"), h.compile):
+        with pytest.raises(RunError, match="wrapper was removed"):
+            use()
+    with pytest.raises(RunError, match="no run was made before"):
+        h.report()
+
+
+def test_the_last_report_outlives_the_wrapper():
+    pipe = runs.made("flux")
+    with da.quant_cache(pipe, cache=da.Cache.every(3), quant=QUANT) as h:
+        runs.run(pipe, "flux", STEPS)
+        before = h.report()
+    runs.run(pipe, "flux", 3)
+    assert h.report().to_dict() == before.to_dict() and h.report().cache is not None and h.report().scales
 
 
 def test_a_failure_undoes_what_was_done_before_it():
@@ -105,6 +121,8 @@ def test_a_failure_undoes_what_was_done_before_it():
         ({}, "does nothing"),
         ({"cache": "every"}, "no Cache"),
         ({"quant": "w4"}, "unknown quantisation"),
+        ({"quant": 3}, "quant=3 is no quantisation"),
+        ({"quant": True}, "quant=True is no quantisation"),
         ({"quant": "w8a8"}, "no layer of this"),
         ({"quant": QUANT, "artifact": "file"}, "belongs to a cache"),
     ],
@@ -112,6 +130,24 @@ def test_a_failure_undoes_what_was_done_before_it():
 def test_options_that_mean_nothing(options, says):
     with pytest.raises(OptionError, match=says):
         da.quant_cache(runs.made("flux"), **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: da.quant_cache(None, cache=da.Cache.every(3)), "needs a pipeline.*got a NoneType"),
+        (lambda: da.quant_cache(runs.made("flux").transformer, quant=QUANT), "needs a pipeline.*got a Flux"),
+        (lambda: da.quant_cache(runs.made("flux"), cache=da.Cache.every(3), artifact=5), "got 5"),
+        (lambda: da.Quant(skip=3), "skip is a pattern"),
+        (lambda: da.Quant(min_features="a"), "min_features is a width, got 'a'"),
+        (lambda: da.Cache.mask(5), "a list of 0 and 1.*not 5"),
+        (lambda: da.Cache.first_block("a"), "threshold='a' must lie"),
+        (lambda: da.Cache.learned(3), "an Artifact or its file, got 3"),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(make, says):
+    with pytest.raises((OptionError, ArtifactError), match=says):
+        make()
 
 
 def test_wrappers_that_do_not_compose():
@@ -126,6 +162,18 @@ def test_wrappers_that_do_not_compose():
     pipe.scheduler = FSamplerScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(OptionError, match="two extrapolations"):
         da.quant_cache(pipe, cache=da.Cache.every(3))
+
+
+def test_quantisation_alone_is_a_wrapper_too():
+    pipe = runs.made("sd3")
+    with da.quant_cache(pipe, quant=QUANT):
+        for wrap in (lambda: da.quant_cache(pipe, cache=da.Cache.every(3)), lambda: da.extrapolate(pipe)):
+            with pytest.raises(OptionError, match="wrapped by 'quant_cache' already"):
+                wrap()
+    with da.quant_cache(pipe, quant=da.Quant("w8a8", min_features=16, keep_float=False)):
+        pass
+    with da.quant_cache(pipe, cache=da.Cache.every(3)):  # quantised for good, and wrapped no more
+        runs.run(pipe, "sd3", STEPS)
 
 
 def test_our_schedulers_run_under_a_cache():
@@ -278,6 +326,24 @@ def test_an_artifact_serves_only_what_it_was_made_for(tmp_path):
     next(iter(denoiser(pipe).parameters())).data += 0.1
     with pytest.raises(ArtifactError, match="another model"):
         da.quant_cache(pipe, cache=cache, artifact=file)
+
+
+@pytest.mark.parametrize("case", ["flux-cfg", "qwen"])
+def test_an_artifact_of_guidance_by_two_calls_serves_no_run_without(case):
+    pipe, cache = runs.made(case), da.Cache.every(3)
+    made = artifact_for(pipe, case, cache)
+    assert "number of model calls a step" not in made.meta["key"]  # as older versions wrote them: all are served
+    key = {**made.meta["key"], "number of model calls a step": 2}
+    for found, fits in ((made, True), (Artifact("cache", made.tensors, made.meta | {"key": key}), False)):
+        with da.quant_cache(pipe, cache=cache, artifact=found):
+            runs.run(pipe, case, STEPS)
+            with (
+                contextlib.nullcontext()
+                if fits
+                else pytest.raises(ArtifactError, match="another number of model calls")
+            ):
+                runs.run(pipe, case, STEPS, true_cfg_scale=1.0)
+            runs.run(pipe, case, STEPS)
 
 
 def test_learned_masks_come_with_their_artifact():

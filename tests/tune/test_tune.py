@@ -303,6 +303,9 @@ def test_a_searched_table_and_a_calibrated_grid_compete(tmp_path):
         ({"sources": ("solvers",), "tables": ["x.safetensors"]}, "'fitted' is not among the sources"),
         ({"sources": ("fitted",)}, "there is no candidate: 'fitted' needs tables="),
         ({"steps": 3}, "takes no option 'steps'"),
+        ({"fit": 3}, "fit must be True, False or options of calibrate.fit"),
+        ({"sources": "solver"}, "unknown source of candidates 'solver'"),
+        ({"guidance": 2.0, "guidance_scale": 1.0}, "say the same"),
     ],
 )
 def test_bad_arguments(changes, message):
