@@ -52,21 +52,16 @@ class Quant:
     def __post_init__(self) -> None:
         one_of("quantisation", self.mode, MODES)
         one_of("backend of quantisation", self.backend, BACKENDS)
-        width = self.min_features
-        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-            raise OptionError(f"min_features is a width, got {width!r}")
-        skip = (self.skip,) if isinstance(self.skip, str) else self.skip
-        if not isinstance(skip, (tuple, list)) or not all(isinstance(pattern, str) for pattern in skip):
+        if type(self.min_features) is not int or self.min_features < 1:
+            raise OptionError(f"min_features is a width, got {self.min_features!r}")
+        skip = [self.skip] if isinstance(self.skip, str) else self.skip
+        if not isinstance(skip, (tuple, list)) or not all(isinstance(name, str) for name in skip):
             raise OptionError(f"skip is a pattern of layer names, or several, got {self.skip!r}")
         object.__setattr__(self, "skip", tuple(skip))
 
     @classmethod
     def of(cls, value: Quant | str | None) -> Quant | None:
-        """The settings that an option `quant=` means.
-
-        Raises:
-            OptionError: anything else than `Quant`, a mode or None.
-        """
+        """The settings that an option `quant=` means; a `Quant`, a mode or None, else an OptionError."""
         if value is not None and not isinstance(value, (Quant, str)):
             raise OptionError(f"quant={value!r} is no quantisation; give one of {', '.join(MODES)}, or Quant(...)")
         return cls(value) if isinstance(value, str) else value
@@ -232,8 +227,7 @@ def quantise(module: torch.nn.Module, quant: Quant | Artifact | str | os.PathLik
         for weight in weights.values():
             weight.data = weight.data.cpu()
         done._weights = weights  # type: ignore[assignment]
-    done._float = _witness(module)
-    done._modules = modules
+    done._float, done._modules = _witness(module), modules
     if quant.mode in MOST:
         done._scales = Scales(modules, MOST_REDUCED if reduced else MOST[quant.mode])
     done._guard = module.register_forward_pre_hook(done._before)
