@@ -242,8 +242,7 @@ def is_quantised(module: torch.nn.Module) -> str:
     for name, parameter in module.named_parameters():
         if type(parameter) is not torch.nn.Parameter and type(parameter.data) is not torch.Tensor:
             return f"{name} is a {type(parameter.data).__name__}"
-    for name, part in module.named_modules():
-        kind = type(part)
+    for name, kind in ((name, type(part)) for name, part in module.named_modules()):
         if any(library in kind.__module__ for library in ("bitsandbytes", "nunchaku", "gguf", "quanto")):
             return f"{name} is a {kind.__module__.split('.')[0]} {kind.__name__}"
     return ""
