@@ -306,7 +306,7 @@ def test_black_images_are_counted(pipe, tmp_path, monkeypatch):
         ({"calls": []}, "budgets of 1 model call or more"),
         ({"calls": [0, 3]}, "budgets of 1 model call or more"),
         ({"calls": [5]}, "a teacher of 8 calls is none for 5 calls"),
-        ({"images": 1}, "images is 1"),
+        ({"images": 1}, "images is 2 or more, got 1"),
         ({"batch": 3}, "a block of 8 images cannot be made in batches of 3"),
         ({"schedulers": {"UniPC": None}}, "cannot be called 'UniPC'"),
         ({"schedulers": {"x": 7}}, "x: a scheduler object is needed, got int"),
