@@ -180,6 +180,14 @@ def test_noise_that_no_generator_is_given_for(scheduler, options, tmp_path):
     assert fill(tmp_path / "b") == first
 
 
+def test_a_scheduler_is_lent_the_generators_of_its_batch():
+    pipe, seen = build("sd3"), []
+    pipe.scheduler.generator = None
+    options = {"max_sequence_length": 16, **SIZE}
+    painter.Painter(pipe, 2, options, lambda: seen.append([g.initial_seed() for g in pipe.scheduler.generator]))(TASKS)
+    assert seen and all(seeds == [0, 1] for seeds in seen) and pipe.scheduler.generator is None
+
+
 def test_every_pass_can_be_interrupted():
     seen = []
     painter.Painter(build("sd15"), 3, SIZE, lambda: seen.append(1))(TASKS)

@@ -76,11 +76,14 @@ def test_every_row_is_there(made):
     assert list(rows) == [("teacher", 12), ("teacher", 6), *((n, c) for n in names for c in (3, 4, 6))]
     assert made.missing == [] and all(r["images_missing"] == 0 for r in rows.values())
     own = rows["DPM++ 2M", 6]
-    assert own["images"] == 24 and own["fid"]["n"] == 24 and own["clip"]["n"] == 24 and own["errors"]["n"] == 16
+    assert (
+        own["images"] == own["fid"]["n"] == own["clip"]["n"] == 24
+        and own["errors"]["n"] == 16
+        and made.data["floor"]["n"] > 99
+    )
     assert "not Inception" in own["fid"]["label"] and own["fid"]["low"] is own["fid"]["high"] is None
     assert any(w.startswith("DPM++ 2M, 6 calls: these images: 24 images for 128") for w in made.data["warnings"])
-    assert own["seconds"]["total"] > own["seconds"]["denoiser"] > 0
-    assert made.data["floor"]["n"] >= 100 and "PSNR" in made.data["teacher_gap"]
+    assert own["seconds"]["total"] > own["seconds"]["denoiser"] > 0 and "PSNR" in made.data["teacher_gap"]
     assert {w["name"] for w in made.data["fewer"]} == set(names) == {w["name"] for w in made.data["separation"]}
 
 
@@ -306,7 +309,7 @@ def test_black_images_are_counted(pipe, tmp_path, monkeypatch):
         ({"calls": []}, "budgets of 1 model call or more"),
         ({"calls": [0, 3]}, "budgets of 1 model call or more"),
         ({"calls": [5]}, "a teacher of 8 calls is none for 5 calls"),
-        ({"images": 1}, "images is 1"),
+        ({"images": 1}, "images is 2 or more, got 1"),
         ({"batch": 3}, "a block of 8 images cannot be made in batches of 3"),
         ({"schedulers": {"UniPC": None}}, "cannot be called 'UniPC'"),
         ({"schedulers": {"x": 7}}, "x: a scheduler object is needed, got int"),
