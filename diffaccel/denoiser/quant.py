@@ -14,7 +14,7 @@ import torch
 from ..artifact import Artifact
 from ..errors import ArtifactError, OptionError, RunError, one_of
 from ..identity import both_sides, differing, model_identity
-from .contract import hooks_of
+from .quant_refusals import refuse, short
 from .quant_scale import MOST, MOST_REDUCED, Scales
 
 MODES = {
@@ -52,16 +52,21 @@ class Quant:
     def __post_init__(self) -> None:
         one_of("quantisation", self.mode, MODES)
         one_of("backend of quantisation", self.backend, BACKENDS)
-        if type(self.min_features) is not int or self.min_features < 1:
-            raise OptionError(f"min_features is a width, got {self.min_features!r}")
-        skip = [self.skip] if isinstance(self.skip, str) else self.skip
-        if not isinstance(skip, (tuple, list)) or not all(isinstance(name, str) for name in skip):
+        width = self.min_features
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise OptionError(f"min_features is a width, got {width!r}")
+        skip = (self.skip,) if isinstance(self.skip, str) else self.skip
+        if not isinstance(skip, (tuple, list)) or not all(isinstance(pattern, str) for pattern in skip):
             raise OptionError(f"skip is a pattern of layer names, or several, got {self.skip!r}")
         object.__setattr__(self, "skip", tuple(skip))
 
     @classmethod
     def of(cls, value: Quant | str | None) -> Quant | None:
-        """The settings that an option `quant=` means; a `Quant`, a mode or None, else an OptionError."""
+        """The settings that an option `quant=` means.
+
+        Raises:
+            OptionError: anything else than `Quant`, a mode or None.
+        """
         if value is not None and not isinstance(value, (Quant, str)):
             raise OptionError(f"quant={value!r} is no quantisation; give one of {', '.join(MODES)}, or Quant(...)")
         return cls(value) if isinstance(value, str) else value
@@ -137,7 +142,7 @@ class Quantised:
             now = getattr(owner, name).dtype
             if now is not dtype:
                 raise RunError(
-                    f"the denoiser was quantised in {_short(dtype)} and converted to {_short(now)} afterwards, which "
+                    f"the denoiser was quantised in {short(dtype)} and converted to {short(now)} afterwards, which "
                     f"its {len(self.layers)} quantised layers do not follow. Take the quantisation off, convert with "
                     "pipe.to(dtype), and quantise again"
                 )
@@ -210,7 +215,7 @@ def quantise(module: torch.nn.Module, quant: Quant | Artifact | str | os.PathLik
         recipe = _recipe_of(quant)
         quant = Quant(recipe.meta["quant"]["mode"])
     quant = Quant.of(quant) or Quant()  # type: ignore[arg-type]
-    _refuse(module, quant)
+    refuse(module, quant.mode)
     identity = model_identity(module)
     layers, skipped = _chosen(module, quant) if recipe is None else _listed(module, recipe, identity)
     modules = {name: module.get_submodule(name) for name in layers}
@@ -227,68 +232,12 @@ def quantise(module: torch.nn.Module, quant: Quant | Artifact | str | os.PathLik
         for weight in weights.values():
             weight.data = weight.data.cpu()
         done._weights = weights  # type: ignore[assignment]
-    done._float, done._modules = _witness(module), modules
+    done._float = _witness(module)
+    done._modules = modules
     if quant.mode in MOST:
         done._scales = Scales(modules, MOST_REDUCED if reduced else MOST[quant.mode])
     done._guard = module.register_forward_pre_hook(done._before)
     return done
-
-
-def is_quantised(module: torch.nn.Module) -> str:
-    """How a model is quantised already, by whomever, or ""."""
-    method = getattr(module, "quantization_method", None) or getattr(module, "hf_quantizer", None)
-    if method is not None:
-        return str(getattr(method, "value", None) or type(method).__name__)
-    for name, parameter in module.named_parameters():
-        if type(parameter) is not torch.nn.Parameter and type(parameter.data) is not torch.Tensor:
-            return f"{name} is a {type(parameter.data).__name__}"
-    for name, kind in ((name, type(part)) for name, part in module.named_modules()):
-        if any(library in kind.__module__ for library in ("bitsandbytes", "nunchaku", "gguf", "quanto")):
-            return f"{name} is a {kind.__module__.split('.')[0]} {kind.__name__}"
-    return ""
-
-
-# ---------------------------------------------------------------------- refusals
-def _refuse(module: torch.nn.Module, quant: Quant) -> None:
-    already = is_quantised(module)
-    if already:
-        raise OptionError(
-            f"this denoiser is quantised already ({already}); leave out quant= (caches and compensation work on it as "
-            "it is), or load the model in float"
-        )
-    if getattr(module, "_hf_peft_config_loaded", False):
-        raise OptionError("this denoiser has adapters: call pipe.fuse_lora() and pipe.unload_lora_weights() first")
-    hooked = [name for name, _ in hooks_of(module)]
-    if hooked or hasattr(module, "_hf_hook"):
-        raise OptionError(
-            f"this denoiser has hooks ({hooked[0] if hooked else 'of accelerate: offloading'}); quantise first, then "
-            "hook or offload"
-        )
-    compiled = [part for part in module.modules() if getattr(part, "_compiled_call_impl", None) is not None]
-    if compiled or hasattr(module, "_orig_mod"):
-        raise OptionError("this denoiser is compiled; quantise first, then compile")
-    weight = next(module.parameters())
-    if weight.is_meta:
-        raise OptionError("this denoiser has no weights yet (meta device); load them first")
-    _refuse_device(quant.mode, weight.device, weight.dtype)
-
-
-def _refuse_device(mode: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Where a mode cannot run, or would be slower than what is there."""
-    if device.type == "cuda":
-        have = torch.cuda.get_device_capability(device)
-        needed = (8, 9) if mode == "fp8" else (8, 0)
-        if have < needed:
-            raise OptionError(f"{mode} needs CUDA capability {needed[0]}.{needed[1]}, this GPU has {have[0]}.{have[1]}")
-        if mode == "fp8" and dtype is not torch.bfloat16:
-            raise OptionError(f"fp8 needs bfloat16 weights, these are {_short(dtype)}: pipe.to(torch.bfloat16) first")
-    elif mode == "fp8":
-        raise OptionError(f"fp8 needs a CUDA GPU of capability 8.9 or newer, this model is on {device.type}; use w8a8")
-    elif mode == "w8a8" and dtype is not torch.float32:
-        raise OptionError(
-            f"w8a8 is slower than {_short(dtype)} on the {device.type}; keep {_short(dtype)} without quant=, or use "
-            "float32 with w8a8"
-        )
 
 
 # ---------------------------------------------------------------------- which layers
@@ -393,7 +342,3 @@ def _witness(module: torch.nn.Module) -> tuple[torch.nn.Module, str, torch.dtype
             if type(parameter) is torch.nn.Parameter and parameter.is_floating_point():
                 return part, name, parameter.dtype
     return None
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
