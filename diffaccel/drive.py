@@ -146,7 +146,7 @@ class Driver:
             more["callback_on_step_end"] = keep
         network = denoiser(self.pipe)
         start = _now(network)
-        noise = _noise_of(generators, self.pipe.scheduler, next(network.parameters()).device)
+        noise = noise_of(generators, self.pipe.scheduler, next(network.parameters()).device)
         with noise, Passes(network, self._on_call, generators) as passes, torch.no_grad():
             found = self.pipe(
                 **{self.key: given},
@@ -175,7 +175,7 @@ class Driver:
 
 
 @contextmanager
-def _noise_of(generators: list[torch.Generator], scheduler: Any, device: torch.device) -> Iterator[None]:
+def noise_of(generators: list[torch.Generator], scheduler: Any, device: torch.device) -> Iterator[None]:
     """All noise comes from these generators: also that of a scheduler whose pipeline gives it none (SD3, FLUX), and
     what is drawn from torch's own source, which is seeded by them and put back."""
     digest = hashlib.sha256(repr([g.initial_seed() for g in generators]).encode()).digest()

@@ -23,7 +23,7 @@ from ..artifact import Artifact
 from ..core.node import Node
 from ..core.path import Nodes, Path
 from ..denoiser.contract import refuse_wrapped
-from ..drive import Driver, denoiser
+from ..drive import Driver, denoiser, noise_of
 from ..errors import OptionError, RunError
 from ..parallel.protocol import SoloWorld, World
 from ..schedulers.guards import output_for
@@ -244,7 +244,7 @@ class Engine:
         pipe.scheduler = scheduler
         pipe.set_progress_bar_config(disable=True)
         try:
-            with count, torch.no_grad():
+            with count, noise_of(generators, scheduler, self.device), torch.no_grad():
                 found = pipe(
                     **{self._key: given},
                     **{**self.call, **call},

@@ -265,8 +265,14 @@ def restart(
         inner: another sampler for the segments, with its default options ("heun" in the paper); None: the same.
 
     Raises:
-        OptionError: unknown presets, values out of range, too few calls (with the smallest number that works).
+        OptionError: unknown presets, values out of range, too few calls (with the smallest number that works), a
+            sampler whose artifact decides the nodes.
     """
+    if sampler.calibrated is not None and sampler.calibrated.nodes:
+        raise OptionError(
+            f"rewriter 'restart' takes calls from the main loop, but sampler {sampler.name!r} has its nodes for each "
+            "number of calls from its artifact; leave one of them out"
+        )
     preset: dict[str, Any] = {}
     named = isinstance(segments, str)
     if named and segments != "auto":

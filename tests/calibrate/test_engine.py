@@ -152,6 +152,18 @@ def test_a_guidance_pair_is_one_call_for_each_image():
     assert engine.batches(5, 3)[0].prompts == ("a hat", "a red fox")
 
 
+def test_a_run_that_draws_noise_can_be_made_again():
+    """SD3 gives its scheduler no generator; each image has its own all the same, whatever its batch."""
+    engine = engine_of("sd3")
+    scheduler = da.TableScheduler.from_config(engine.pipe.scheduler.config, sampler="dpmpp_2m_sde")
+    before = torch.random.get_rng_state()
+    first, again = (engine.run(engine.group([0, 1]), scheduler, 4) for _ in range(2))
+    assert torch.equal(first, again) and torch.equal(torch.random.get_rng_state(), before)
+    for k in range(2):
+        assert torch.allclose(engine.run(engine.group([k]), scheduler, 4), first[k : k + 1], atol=1e-4)
+    assert scheduler.generator is None
+
+
 def test_the_pipeline_is_left_as_it_was_also_after_a_failure():
     engine = engine_of("sd15")
     pipe, before = engine.pipe, engine.pipe.scheduler

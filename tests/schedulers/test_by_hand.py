@@ -12,9 +12,11 @@ import pytest
 import torch
 from scheduler_runs import SD, generator, make, noise
 
-from diffaccel import TableScheduler
+import diffaccel as da
+from diffaccel import TableScheduler, models
 from diffaccel.errors import OptionError, RunError
 from diffaccel.samplers.registry import REGISTRY, get, sampler
+from diffaccel.schedulers import FittedScheduler
 from diffaccel.testing.certify import equal_methods
 from diffaccel.testing.pipelines import build, call_kwargs
 
@@ -153,6 +155,12 @@ def test_rho_of_a_karras_grid_is_above_zero():
     scheduler = of(CFG, grid="karras", grid_options={"rho": 0.0})
     with pytest.raises(OptionError, match="rho must be above 0"):
         scheduler.set_timesteps(5)
+
+
+def test_restart_leaves_fitted_tables_alone():
+    config = models.load("tiny-sd").scheduler.config
+    with pytest.raises(OptionError, match="'fitted' has its nodes for each number of calls"):
+        FittedScheduler.from_config(config, artifact=models.fitted("tiny-sd"), rewrite=[da.restart()])
 
 
 # ---------------------------------------------------------------------- plug-ins
