@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import numbers
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,22 @@ COLUMNS = ("prompt", "caption")
 _Entries = Iterable[tuple[str, Any]]  # (place in the file, entry)
 
 
-def read_prompts(source: str | Path | Sequence[str]) -> list[str]:
+def read_prompts(source: str | Path | Sequence[str | int]) -> list[str]:
     """The prompts of a list or a file, in its order.
 
     An empty prompt inside a file counts as a prompt (what a model does without one is worth measuring); blank lines at
     the end of a file are none.
 
     Args:
-        source: a list of strings, or a file by its ending. `.txt`: one a line. `.csv`, `.tsv`: a column `prompt` or
-            `caption`. `.jsonl`: a string, or an object with such a key, a line. `.json`: a list of those, or COCO
-            captions (the first caption of each `image_id`, ordered by id).
+        source: a list of strings (or of class numbers), or a file by its ending. `.txt`: one a line. `.csv`, `.tsv`: a
+            column `prompt` or `caption`. `.jsonl`: a string, or an object with such a key, a line. `.json`: a list of
+            those, or COCO captions (the first caption of each `image_id`, ordered by id).
 
     Raises:
         OptionError: the file cannot be read, holds no prompt, or an entry has none.
     """
     if not isinstance(source, (str, Path)):
-        entries: _Entries = [(f"prompt {i}", entry) for i, entry in enumerate(source)]
+        entries: _Entries = [(f"prompt {i}", _class_number(entry)) for i, entry in enumerate(source)]
         name = "the list of prompts"
     else:
         entries, name = _entries(Path(source)), str(source)
@@ -65,6 +66,12 @@ def _entries(path: Path) -> _Entries:
         raise OptionError(
             f"{path}, line {line}: byte {data[error.start]:#04x} is not UTF-8; save the file as UTF-8"
         ) from error
+
+
+def _class_number(entry: Any) -> Any:
+    """A whole number as text, which is what class-conditional pipelines are run by here."""
+    whole = isinstance(entry, numbers.Integral) and not isinstance(entry, bool)
+    return str(int(entry)) if whole else entry
 
 
 def _prompt(entry: Any) -> str | None:

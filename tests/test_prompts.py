@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from diffaccel import eval as metrics
@@ -89,4 +90,7 @@ def test_lists():
     with pytest.raises(OptionError, match="the list of prompts holds no prompts"):
         read_prompts([])
     with pytest.raises(OptionError, match="the list of prompts, prompt 1: neither a string"):
-        read_prompts(["a", 3])
+        read_prompts(["a", 3.0])
+    with pytest.raises(OptionError, match="the list of prompts, prompt 0: neither a string"):
+        read_prompts([True])
+    assert read_prompts([3, np.int64(7)]) == ["3", "7"]  # classes

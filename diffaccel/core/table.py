@@ -179,11 +179,12 @@ class Table:
         return states if trajectory else x
 
     # ------------------------------------------------------------------ text
-    def describe(self) -> str:
-        """One line a row: level, what the model is fed, coefficients."""
-        head = f"{self.sampler}({', '.join(f'{k}={v!r}' for k, v in self.options.items())}): {len(self)} calls"
+    def describe(self, first: int = 0) -> str:
+        """One line a row: level, what the model is fed, coefficients. `first`: number of the first row."""
+        begun = f", begun at call {first}" if first else ""
+        head = f"{self.sampler}({', '.join(f'{k}={v!r}' for k, v in self.options.items())}): {len(self)} calls{begun}"
         lines = [head, f"{'i':>3} {'t fed':>10} {'lam':>9} {'space':>6} {'a':>10}  b_0 b_1 ... | noise | registers"]
-        for i, row in enumerate(self.rows):
+        for i, row in enumerate(self.rows, first):
             b = " ".join(_short(c) for c in row.out.p)
             z = " ".join(f"{_short(c)}" + (f"[-{a}]" if a >= row.draws else "") for a, c in row.out.z)
             m = " ".join(f"{_short(c)}*m{k}" for k, c in row.out.m)

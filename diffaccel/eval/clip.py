@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ..errors import OptionError, no_leftover, one_of
 from ..prompts import read_prompts
 from .features import canonical, clip_features, clip_model, extract, projected
-from .images import open_images
+from .images import Images, open_images
 from .score import Score, interval
 
 DEFAULT = "openai/clip-vit-base-patch16"
@@ -112,7 +112,7 @@ def clip_score(
         "mean over pairs; interval by its standard error",
         "CLIP score" if variant == "cosine" else "CLIP score (Hessel: 2.5 max(cos, 0))",
         notes=(*got.notes, *_size_notes(got.sizes, net)),
-        warnings=got.warnings,
+        warnings=(*got.warnings, *_other_prompts(source, given)),
         details={
             **_r_precision_details(got.values, text, own, distractors),
             "prompts": len(given),
@@ -120,6 +120,19 @@ def clip_score(
             "empty prompts": sum(not p.strip() for p in given),
         },
     )
+
+
+def _other_prompts(images: Images, given: Sequence[str]) -> list[str]:
+    """A warning where a folder of `generate` was made from other prompts."""
+    made = zip(images.numbers, images.prompts or (), strict=False)
+    other = [(i, p) for i, p in made if p is not None and p != given[i % len(given)]]
+    if not other:
+        return []
+    i, prompt = other[0]
+    return [
+        f"{len(other)} of {len(images)} images were made from other prompts than the given ones; first: image {i} from "
+        f"{prompt!r}, scored with {given[i % len(given)]!r}"
+    ]
 
 
 def _r_precision_details(image: torch.Tensor, text: torch.Tensor, own: np.ndarray, others: int) -> dict[str, Any]:

@@ -34,7 +34,8 @@ class Images:
 
     Attributes: `id` (what it was opened from), `names` (one an image), `jpeg` (how many are JPEG files), `skipped`
     (unreadable files left out, with the reason; only with `unreadable="skip"`), `numbers` (which prompt each one has:
-    0, 1, 2, ..., but in a part of a folder of `generate`).
+    0, 1, 2, ..., but in a part of a folder of `generate`), `prompts` (what each one was made from, where the source is
+    such a folder; else None).
     """
 
     def __init__(
@@ -44,9 +45,11 @@ class Images:
         item: Callable[[int], Any],
         alpha: str | None = None,
         numbers: Sequence[int] | None = None,
+        prompts: Sequence[str | None] | None = None,
     ) -> None:
         self.id, self.names, self._item, self._alpha = id, names, item, alpha
         self.numbers: Sequence[int] = range(len(names)) if numbers is None else numbers
+        self.prompts = prompts
         self.jpeg = sum(name.lower().endswith((".jpg", ".jpeg")) for name in names)
         self.skipped: list[str] = []
 
@@ -90,7 +93,8 @@ class Images:
         if not kept:
             raise unreadable_error(list(bad.values()))
         names, numbers = [self.names[i] for i in kept], [self.numbers[i] for i in kept]
-        out = Images(self.id, names, lambda i: self._item(kept[i]), self._alpha, numbers)
+        prompts = None if self.prompts is None else [self.prompts[i] for i in kept]
+        out = Images(self.id, names, lambda i: self._item(kept[i]), self._alpha, numbers, prompts)
         out.skipped = [str(x) for x in bad.values()]
         return out
 
@@ -199,7 +203,7 @@ def _open_generated(folder: Folder, alpha: str | None, expected: int | None) -> 
         count = int(folder.read()["recipe"]["images"]["count"])
     except (KeyError, TypeError, ValueError) as error:
         raise ImageError(f"{folder.manifest} does not say how many images there should be") from error
-    there = [(i, r["file"]) for i, r in sorted(folder.records().items()) if i < count and folder.good(r)]
+    there = [(i, r) for i, r in sorted(folder.records().items()) if i < count and folder.good(r)]
     if len(there) < count and (expected is None or len(there) < expected):
         known = {i for i, _ in there}
         first = next(i for i in range(count) if i not in known)
@@ -208,8 +212,8 @@ def _open_generated(folder: Folder, alpha: str | None, expected: int | None) -> 
             f"image {first}. Give the command of `diffaccel generate` that made it again: it goes on; or say how many "
             f"are expected, to use the {len(there)} that are there: expected={len(there)} (--expected {len(there)})"
         )
-    names = [name for _, name in there]
-    return Images(str(folder.root), names, lambda i: folder.root / names[i], alpha, [i for i, _ in there])
+    names, prompts = [r["file"] for _, r in there], [r.get("prompt") for _, r in there]
+    return Images(str(folder.root), names, lambda i: folder.root / names[i], alpha, [i for i, _ in there], prompts)
 
 
 def _array_of(path: Path) -> np.ndarray:

@@ -59,18 +59,23 @@ def plan(
 
 
 def tried(settings: Mapping[str, Any], sampler: Sampler, options: dict[str, Any]) -> None:
-    """Trace a run of some calls on the path's own grid, so that wrong options of the sampler show at once.
+    """Lay a grid of some calls and trace a run on the path's own, so that wrong options of either show at once.
 
     Not for calibrated samplers, rewriters and lists, which may be made for one number of calls.
 
     Raises:
-        OptionError: an option that the sampler's loop refuses.
+        OptionError: an option that the grid or the sampler's loop refuses.
     """
+    if settings["path"] == "vp" and settings["num_train_timesteps"] <= TRIED:
+        return
+    path = path_of(settings, mu=1.0)
+    name, grid_options, final = grid_of(settings)
+    if (settings["grid"] or grid_options) and name not in ("listed", "by_calls"):
+        grid_nodes(path, TRIED, name, final=final, **grid_options)
     asked = settings["sampler_options"] or {}
     listed = any(isinstance(value, (list, tuple, dict)) for value in asked.values())
     if not asked or listed or sampler.calibrated is not None or sampler.rewrites:
         return
-    path = path_of(settings, mu=1.0)
     grid, _, final = grid_of({**settings, "grid": None, "grid_options": None})
     nodes = grid_nodes(path, sampler.intervals_of(TRIED, **options), grid, final=final)
     sampler.trace(sampler.placed(nodes, options), TRIED, **options)

@@ -206,7 +206,7 @@ class StagedScheduler(SchedulerMixin, ConfigMixin):
         """
         run = self.run
         if run.stage == len(run.legs):
-            raise RunError(f"this run finished after {run.counter} calls; call set_timesteps to begin another")
+            raise RunError(f"this run ({len(run.timesteps)} calls) has ended; call set_timesteps to begin another")
         if run.counter == 0:
             x = self._begin(run, sample)
         else:
@@ -221,7 +221,9 @@ class StagedScheduler(SchedulerMixin, ConfigMixin):
         x, x0 = advance(inner, inner.rows[run.counter - run.first], x, output, generator)
         watch = self.base.config.check_finite
         if watch == "always" or (watch == "cpu" and x.device.type == "cpu"):
+            stage, run.stage = run.stage, len(run.legs)  # a NaN ends the run
             check_finite(x, output, run.counter, len(run.timesteps))
+            run.stage = stage
         run.counter += 1
         if run.counter == run.first + run.legs[run.stage].stage.steps:
             x = self._leave(run, x, generator)

@@ -12,6 +12,7 @@ from ..core.families import VP
 from ..core.grid import native
 from ..core.table import Table
 from ..errors import OptionError, RunError
+from ..samplers.begin import begin_at
 from .from_config import grid_of, output_of, path_of
 from .guards import first_call, training_steps
 from .noising import in_number, node_for, noised, velocity
@@ -212,13 +213,15 @@ class Surface:
         return torch.tensor([[m.x, *m.p, *[0.0] * (depth - len(m.p))] for m in rows], device=device)
 
     def explain(self) -> str:
-        """The path, the grid and the table of this thread's run, a line a row."""
+        """The path, the grid and the table of this thread's run, from the call where it begins, a line a row."""
         run = self._runs.need()
+        k = run.start if run.counter is not None else run.begin or 0
+        table = begin_at(run.table, run.grid, k, self._sampler()[0], run.options) if 0 < k < len(run) else run.table
         grid, options, final = grid_of(self.config)
         what = f"path {self.config.path}, model predicts {self.config.prediction_type}"
         head = f"{what}, grid {grid}{options or ''} to {final}"
         done = [] if run.shifts is None else [run.shifts.describe()]
-        return "\n".join([head, run.table.describe(), *done, *run.notes])
+        return "\n".join([head, table.describe(k), *done, *run.notes])
 
     # ------------------------------------------------------------------ copies
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -334,7 +334,7 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
             run = self._open(timestep, sample)
         i: int = run.counter  # type: ignore[assignment]
         if i >= len(run):
-            raise RunError(f"this run finished after {len(run)} calls; call set_timesteps to begin another")
+            raise RunError(f"this run ({len(run)} calls) has ended; call set_timesteps to begin another")
         dtype = getattr(sample, "dtype", None)
         x = sample if dtype is torch.float32 or dtype is torch.float64 else state_for(sample)
         output = model_output
@@ -357,15 +357,15 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
             draw = run.draws[0] if row.row.draws else None
             state, x0 = run.shifts(i - run.start, x, output, state, x0, draw)
         if run.watch and (x.device.type == "cpu" or run.watch == "always"):
+            run.counter = len(run)  # a NaN ends the run: its history holds it by now
             check_finite(state, output, i, len(run))
         run.counter = i + 1
         if dtype is not x.dtype:
             state, x0 = state.to(dtype), x0.to(dtype)
         if not return_dict:
             return state, x0
-        shared = x0 is model_output or (
-            run.history and x0 is run.history[0]
-        )  # edited previews must not reach later rows
+        # edited previews must not reach later rows
+        shared = x0 is model_output or (run.history and x0 is run.history[0])
         return TableSchedulerOutput(prev_sample=state, pred_original_sample=x0.clone() if shared else x0)
 
     def _open(self, timestep: Any, sample: torch.Tensor) -> Run:

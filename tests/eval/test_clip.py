@@ -174,7 +174,11 @@ def test_a_part_of_a_generate_folder_keeps_its_prompts(tmp_path: Path, model) ->
         with pytest.raises(ImageError, match=r"2 of 6 images are missing or damaged, first: image 1.*generate.*--exp"):
             read()
     kept = [0, 2, 3, 5]
+    own = clip_score(tmp_path, [t.prompt for t in tasks], model=model, expected=4)
+    assert "other prompts" not in " ".join(own.warnings)
     assert list(open_images(tmp_path, expected=4, unreadable="skip").numbers) == kept
     got = clip_score(tmp_path, WORDS, model=model, expected=4)
     assert got.value == pytest.approx(clip_score(X[kept], [WORDS[i] for i in kept], model=model).value, rel=1e-6)
+    assert "4 of 4 images were made from other prompts" in " ".join(got.warnings)
+    assert "first: image 0 from '0 coats', scored with 'red coat'" in " ".join(got.warnings)
     assert fid(tmp_path, X, features=Pooled(), expected=4).n_a == 4

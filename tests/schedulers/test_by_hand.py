@@ -151,10 +151,25 @@ def test_a_config_without_its_class_is_portable_to_the_usual_one(name):
     assert type(of(kind().config).portable()) is kind
 
 
-def test_rho_of_a_karras_grid_is_above_zero():
-    scheduler = of(CFG, grid="karras", grid_options={"rho": 0.0})
-    with pytest.raises(OptionError, match="rho must be above 0"):
-        scheduler.set_timesteps(5)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"grid": "karras", "grid_options": {"rho": 0.0}}, "rho must be above 0"),
+        ({"grid": "karras", "grid_options": {"rh": 7.0}}, "rh"),
+        ({"grid": "beta", "grid_options": {"sigma_min": 3.0, "sigma_max": 1.0}}, "0 < sigma_min < sigma_max"),
+        ({"grid_options": {"wrong": 1}}, "wrong"),
+        ({"grid": "flow_stock"}, "is for flow paths"),
+    ],
+)
+def test_wrong_grids_show_when_the_scheduler_is_made(settings, message):
+    with pytest.raises(OptionError, match=message):
+        of(CFG, **settings)
+
+
+def test_a_path_of_few_training_steps_is_not_tried_with_more():
+    few = TableScheduler(num_train_timesteps=8, sampler="unipc", sampler_options={"order": 2}, grid="quadratic")
+    few.set_timesteps(4)
+    assert len(few.timesteps) == 4
 
 
 def test_restart_leaves_fitted_tables_alone():

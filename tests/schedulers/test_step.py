@@ -109,7 +109,7 @@ def test_rows_follow_the_counter_and_not_the_timestep():
 def test_past_the_end_is_an_error_and_set_timesteps_begins_again():
     scheduler = ready(3)
     first = loop(scheduler, X)
-    with pytest.raises(RunError, match="finished after 3 calls; call set_timesteps"):
+    with pytest.raises(RunError, match=r"\(3 calls\) has ended; call set_timesteps"):
         scheduler.step(X, scheduler.timesteps[-1], X)
     scheduler.set_timesteps(3)
     assert scheduler.step_index is None and scheduler.begin_index is None and scheduler.model_outputs == []
@@ -267,6 +267,8 @@ def test_nan_is_found_at_its_call(bad):
         scheduler = ready(5, settings={"check_finite": mode})
         with pytest.raises(RunError, match=r"call 2 of 5: the model's output holds NaN or infinity.*prediction_type"):
             loop(scheduler, X, predict=predict)
+        with pytest.raises(RunError, match=r"this run \(5 calls\) has ended"):  # its history holds the NaN
+            scheduler.step(X, scheduler.timesteps[2], X)
     scheduler = ready(5, settings={"check_finite": "never"})
     assert not torch.isfinite(loop(scheduler, X, predict=predict)).all()
 

@@ -89,6 +89,25 @@ def test_explain_has_a_line_for_every_row(path):
     assert fed == pytest.approx(scheduler.timesteps.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_explain_shows_the_rows_of_a_run_begun_in_the_middle(told):
+    scheduler = make("sd15", "dpmpp", order=3)
+    scheduler.set_timesteps(6)
+    whole = scheduler.explain()
+    if told:
+        scheduler.set_begin_index(2)
+        before = scheduler.explain()
+    scheduler.step(X, scheduler.timesteps[2], X)
+    text = scheduler.explain()
+    assert not told or before == text
+    assert "6 calls" in whole and "4 calls, begun at call 2" in text
+    rows = dict(re.findall(r"^ *(\d) +(-?[\d.]+) ", text, re.M))
+    assert [int(i) for i in rows] == [2, 3, 4, 5]
+    assert [float(t) for t in rows.values()] == pytest.approx(scheduler.timesteps[2:].tolist(), abs=1e-4)
+    held = re.findall(r"^ *2 .*? x0 .*?\|", text, re.M)[0]
+    assert len(held.split()) == 7  # i, t, lam, space, a, one coefficient, |: the run has no history there
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp", "unipc", "heun"])
 def test_table_tensor_replays_the_run(sampler):
     """For CUDA graphs: the row is chosen by a tensor, and nothing but the table is needed."""
