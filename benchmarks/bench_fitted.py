@@ -4,8 +4,12 @@
 
 Fits on its own prompts and noise. Judges on other noise and prompts: 48 images of each of two seeds. Every stock
 setting that can make exactly that many calls is screened on some of those very images; the best few run on all of them
-and the best is picked after the fact, which favours it. Writes `fitted.json` and `fitted.md`; a result that is in
-`fitted.json` already is not measured again.
+and the best is picked after the fact, which favours it. Writes `fitted.json` and `fitted.md`; a result that is in the
+first already is not measured again.
+
+    python benchmarks/bench_fitted.py --name fitted_defaults --samples 16 --moves 16 --refine 3
+
+The same for the fit that `calibrate.fit` makes when it is told nothing.
 
     python benchmarks/bench_fitted.py --transfer
 
@@ -278,11 +282,12 @@ def main() -> None:
     parser.add_argument("--refine", type=int, default=6, help="rounds at most")
     parser.add_argument("--order", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--name", default="fitted", help="of the files there (with --transfer: fitted_transfer)")
     parser.add_argument("--work", type=Path, default=Path("fitted-artifacts"), help="for artifacts and partial fits")
     parser.add_argument("--transfer", action="store_true", help="under other conditions; keeps other models' rows")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    file = args.out / "fitted.json"
+    file = args.out / f"{args.name}.json"
     results = json.loads(file.read_text())["results"] if file.exists() else {}
     if args.transfer:
         rows = args.out / "fitted_transfer.json"
@@ -300,7 +305,7 @@ def main() -> None:
             text = {"images": args.images, "seeds": SEEDS, "samples": args.samples, **how, "results": results}
             args.out.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(text) + "\n")
-            (args.out / "fitted.md").write_text(page(results, args))
+            file.with_suffix(".md").write_text(page(results, args))
 
 
 if __name__ == "__main__":

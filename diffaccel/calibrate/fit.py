@@ -40,7 +40,7 @@ def fit(
     holdout: int = 32,
     seed: int = 0,
     teacher_steps: int = 100,
-    order: int = 3,
+    order: int = 4,
     ridge: float = 1e-4,
     grids: str | Sequence[str] = "auto",
     moves: int = 16,

@@ -48,7 +48,7 @@ class Plan:
     samples: int = 16
     holdout: int = 32
     teacher_steps: int = 100
-    order: int = 3
+    order: int = 4
     ridge: float = 1e-4
     grids: tuple[str, ...] = AUTO
     moves: int = 16
