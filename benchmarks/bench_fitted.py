@@ -3,9 +3,10 @@
     python benchmarks/bench_fitted.py --models tiny-sd tiny-flow --guidance 4 1 --out docs/results
 
 Fits on its own prompts and noise. Judges on other noise and prompts: 48 images of each of two seeds. Every stock
-setting that can make exactly that many calls is screened on some of those very images; the best few run on all of them
-and the best is picked after the fact, which favours it. Writes `fitted.json` and `fitted.md`; a result that is in the
-first already is not measured again.
+setting that can make exactly that many calls is screened on 16 of those very images; those that are among the best by
+median or by RMSE run on all of them, and the best is picked after the fact, which favours it. Writes `fitted.json` and
+`fitted.md`; a result that is in the first already is not measured again. The artifacts, the teacher's images and the
+errors of the stock settings stay in --work and are taken from there.
 
     python benchmarks/bench_fitted.py --name fitted_defaults --samples 16 --moves 16 --refine 3
 
@@ -23,6 +24,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ SEEDS = (300, 400)
 FIT_SEED = 50_000
 TEACHER_STEPS = 100  # of the fit
 TEACHER_CALLS = 401  # of the judge
-SCREENED, FINALISTS = 4, 2  # images of the first seed on which all stock settings run; how many then run on all images
+SCREENED, FINALISTS = 16, 8  # images of the first seed on which all run; best by median, and by RMSE, that run on all
 BARS = {  # ratios to the best stock setting: median, RMSE; share of images improved
     5: (0.5, 0.8, 0.0), 6: (0.42, 0.8, 0.9), 8: (0.4, 0.6, 0.9), 10: (0.35, 0.6, 0.9), 12: (0.35, 0.6, 0.9),
 }  # fmt: skip
@@ -72,20 +74,52 @@ def few(job: Job, n: int) -> Job:
     return Job(inputs, job.latents[:n])
 
 
-def budget(
-    pipe: Any, artifact: Artifact, calls: int, some: tuple[Any, Any], everything: tuple[Any, Any]
-) -> dict[str, Any]:
-    """Errors of the fitted table and of the best stock settings; `some` and `everything` are jobs and targets."""
-    screened = [(errors(pipe, c, calls, *some), c) for c in compare.stock(pipe.scheduler.config)]
-    ranked = sorted((float(np.median(e)), c.name) for e, c in screened if len(e))
-    best = [name for _, name in ranked[:FINALISTS]]
-    finals = {c.name: errors(pipe, c, calls, *everything) for _, c in screened if c.name in best}
-    mine = errors(pipe, fitted(artifact), calls, *everything)
-    return {
-        "screened": len(ranked),
-        "stock": {name: [round(float(v), 6) for v in e] for name, e in finals.items()},
-        "fitted": [round(float(v), 6) for v in mine],
-    }
+@dataclass
+class Judge:
+    """What one model at one guidance scale is judged by.
+
+    Args:
+        pipe, jobs, targets: the pipeline, its inputs, the teacher's images.
+        gap: median distance of diffusers' own solver at as many calls.
+        stock: by number of calls, how many settings there were, and the errors of the best ones on all images.
+    """
+
+    pipe: Any
+    jobs: list[Job]
+    targets: list[compare.Outcome]
+    gap: float
+    stock: dict[str, dict[str, Any]]
+
+
+def rivals(pipe: Any, calls: int, jobs: Sequence[Job], targets: Sequence[compare.Outcome]) -> dict[str, Any]:
+    """Errors of the best stock settings on all images: those in front on some of them."""
+    small, goal = few(jobs[0], SCREENED), compare.Outcome(targets[0].latents[:SCREENED], TEACHER_CALLS, 0.0)
+    screened = {c: errors(pipe, c, calls, [small], [goal]) for c in compare.stock(pipe.scheduler.config)}
+    screened = {c: e for c, e in screened.items() if len(e)}
+    finals = {c for of in (np.median, rms) for c in sorted(screened, key=lambda c: of(screened[c]))[:FINALISTS]}
+    found = {c.name: errors(pipe, c, calls, jobs, targets) for c in screened if c in finals}
+    return {"screened": len(screened), "stock": {n: [round(float(v), 6) for v in e] for n, e in found.items()}}
+
+
+def judge(name: str, guidance: float, images: int, folder: Path) -> Judge:
+    """The judge of one model, its numbers from `folder` if they are there."""
+    pipe = models.load(name)
+    pipe.set_progress_bar_config(disable=True)
+    jobs = [compare.job_for(pipe, name, images, seed, guidance=guidance) for seed in SEEDS]
+    file = folder / f"judge-{name}-{guidance:g}-{images}.pt"
+    if not file.exists():
+        teacher = compare.ours("dpmpp", "uniform_lambda", order=2)
+        targets = [compare.run(pipe, teacher, TEACHER_CALLS, job) for job in jobs]
+        other = compare.run(pipe, compare.teacher(pipe.scheduler.config), TEACHER_CALLS, few(jobs[0], SCREENED))
+        near = compare.Outcome(targets[0].latents[:SCREENED], TEACHER_CALLS, 0.0)
+        stock = {str(calls): rivals(pipe, calls, jobs, targets) for calls in CALLS}
+        gap = float(compare.errors(other, near).median())
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save({"targets": [t.latents for t in targets], "gap": gap, "stock": stock}, file)
+    held = torch.load(file)
+    return Judge(
+        pipe, jobs, [compare.Outcome(z, TEACHER_CALLS, 0.0) for z in held["targets"]], held["gap"], held["stock"]
+    )
 
 
 def bound(
@@ -114,40 +148,27 @@ def bound(
     return found
 
 
-def setting(name: str, guidance: float, images: int, folder: Path, samples: int, **how: int) -> dict[str, Any]:
-    """One model at one guidance scale; `how`: of the fit."""
-    pipe = models.load(name)
-    pipe.set_progress_bar_config(disable=True)
-    config = pipe.scheduler.config
+def setting(name: str, guidance: float, args: argparse.Namespace) -> dict[str, Any]:
+    """One model at one guidance scale."""
     start = time.perf_counter()
-    jobs = [compare.job_for(pipe, name, images, seed, guidance=guidance) for seed in SEEDS]
-    used = {prompt for job in jobs for prompt in job.inputs["prompt"]}
-    prompts = [p for p in dict.fromkeys(models.prompts(2000, FIT_SEED)) if p not in used][: samples + 8]
-    options = {"height": 32, "width": 32, "seed": FIT_SEED, "guidance": guidance, "samples": samples, "batch": samples}
-    options |= {"grids": ("dp2", "gits"), "teacher_steps": TEACHER_STEPS, **how}
-    options |= {
-        "holdout": 8,
-        "rivals": "none",
-        "progress": False,
-        "out": folder / f"fitted-{name}-{guidance:g}.safetensors",
-    }
-    artifact = calibrate.fit(pipe, prompts, CALLS, **options, **models.CALL_DEFAULTS.get(name, {}))
-    print(f"{name} {guidance:g}: fitted in {time.perf_counter() - start:.0f} s, {artifact.meta['cost']}", flush=True)
-    teacher = compare.ours("dpmpp", "uniform_lambda", order=2)
-    targets = [compare.run(pipe, teacher, TEACHER_CALLS, job) for job in jobs]
-    small = few(jobs[0], SCREENED)
-    target = compare.Outcome(targets[0].latents[:SCREENED], TEACHER_CALLS, 0.0)
-    other = compare.run(pipe, compare.teacher(config), TEACHER_CALLS, small)
-    report: dict[str, Any] = {
-        "cost": artifact.meta["cost"], "receipt": artifact.meta["receipt"], "budgets": {},
-        "teacher_gap": float(compare.errors(other, target).median()),
-    }  # fmt: skip
+    by = judge(name, guidance, args.images, args.work)
+    used = {prompt for job in by.jobs for prompt in job.inputs["prompt"]}
+    prompts = [p for p in dict.fromkeys(models.prompts(2000, FIT_SEED)) if p not in used][: args.samples + 8]
+    options = {"height": 32, "width": 32, "seed": FIT_SEED, "guidance": guidance, "batch": args.samples}
+    options |= {k: getattr(args, k) for k in ("samples", "moves", "refine", "order")}
+    options |= {"grids": ("dp2", "gits"), "teacher_steps": TEACHER_STEPS, "holdout": 8, "rivals": "none"}
+    out = args.work / f"{args.name}-{name}-{guidance:g}.safetensors"
+    options |= {"progress": False, "out": out} | models.CALL_DEFAULTS.get(name, {})
+    artifact = Artifact.load(out, "fit") if out.exists() else calibrate.fit(by.pipe, prompts, CALLS, **options)
+    report: dict[str, Any] = {"cost": artifact.meta["cost"], "receipt": artifact.meta["receipt"], "budgets": {}}
+    report |= {"teacher_gap": by.gap, "bounds": {}}
     for calls in CALLS:
-        found = budget(pipe, artifact, calls, ([small], [target]), (jobs, targets))
+        mine = errors(by.pipe, fitted(artifact), calls, by.jobs, by.targets)
+        found = by.stock[str(calls)] | {"fitted": [round(float(v), 6) for v in mine]}
         report["budgets"][str(calls)] = found
-        line = summary(report["budgets"][str(calls)])
-        print(f"  {calls}: median {line['median'][0]:.3f}, RMSE {line['rmse'][0]:.3f}", flush=True)
-    report["bounds"] = {str(calls): bound(pipe, artifact, calls, jobs, targets) for calls in CALLS}
+        report["bounds"][str(calls)] = bound(by.pipe, artifact, calls, by.jobs, by.targets)
+        line = summary(found)
+        print(f"{name} {guidance:g}, {calls}: median {line['median'][0]:.3f}, RMSE {line['rmse'][0]:.3f}", flush=True)
     report["seconds"] = round(time.perf_counter() - start, 1)
     return report
 
@@ -172,28 +193,28 @@ def transfer(name: str, guidance: float, images: int, folder: Path) -> dict[str,
         exact.set_progress_bar_config(disable=True)
         target = compare.run(exact, compare.ours("dpmpp", "uniform_lambda", order=2), TEACHER_CALLS, job)
         job = Job(job.inputs, job.latents.to(pipe.dtype))
-        small, goal = few(job, SCREENED), compare.Outcome(target.latents[:SCREENED], TEACHER_CALLS, 0.0)
-        found[what] = budget(pipe, artifact, TRANSFER_CALLS, ([small], [goal]), ([job], [target]))
+        mine = errors(pipe, fitted(artifact), TRANSFER_CALLS, [job], [target])
+        found[what] = rivals(pipe, TRANSFER_CALLS, [job], [target]) | {"fitted": [round(float(v), 6) for v in mine]}
         print(f"{name} {what}: {summary(found[what])['median']}", flush=True)
     return found
 
 
 # ---------------------------------------------------------------------- numbers
 def summary(budget: dict[str, Any]) -> dict[str, Any]:
-    """Fitted against the best stock setting: values, ratios with 95 % intervals over images."""
-    name, stock = min(((n, np.array(e)) for n, e in budget["stock"].items()), key=lambda pair: np.median(pair[1]))
-    lowest = min(rms(np.array(e)) for e in budget["stock"].values())
+    """Fitted against the best stock setting, by median and by RMSE: values, ratios with 95 % intervals over images."""
+    errors = {name: np.array(e) for name, e in budget["stock"].items()}
+    name = min(errors, key=lambda n: np.median(errors[n]))
+    stock, lowest = errors[name], min(errors.values(), key=rms)
     mine = np.array(budget["fitted"])
     draws = np.random.default_rng(0).integers(0, len(mine), (2000, len(mine)))
     rows: dict[str, Any] = {"stock": name}
-    for key, of, base in (("median", np.median, np.median(stock)), ("rmse", rms, lowest)):
-        ratios = [of(mine[d]) / of(stock[d]) for d in draws]
-        low, high = np.quantile(ratios, (0.025, 0.975))
-        rows[key] = (float(of(mine) / base), float(low), float(high))
+    for key, of, base in (("median", np.median, stock), ("rmse", rms, lowest)):
+        low, high = np.quantile([of(mine[d]) / of(base[d]) for d in draws], (0.025, 0.975))
+        rows[key] = (float(of(mine) / of(base)), float(low), float(high))
     better = mine < stock
     low, high = np.quantile(better[draws].mean(axis=1), (0.025, 0.975))
     rows["improved"] = (float(better.mean()), float(low), float(high))
-    rows["values"] = (float(np.median(stock)), float(np.median(mine)), lowest, rms(mine))
+    rows["values"] = (float(np.median(stock)), float(np.median(mine)), rms(lowest), rms(mine))
     rows["worst"] = (float(stock.max()), float(mine.max()))
     return rows
 
@@ -218,10 +239,11 @@ def page(results: dict[str, Any], args: argparse.Namespace) -> str:
         f"{TEACHER_CALLS} calls, uniform in lam) from the same noise, on {args.images} images of each of {len(SEEDS)} "
         f"seeds; noise and prompts unseen by the fit, which had {args.samples} inputs, rows of order {args.order}, "
         f"{args.moves} moves and at most {args.refine} rounds of refinement. Best stock: of every deterministic "
-        f"scheduler of diffusers on all its grids, screened on {SCREENED} of the images, the best {FINALISTS} run on "
-        "all and picked by median (RMSE: the lower of them), which favours it. Intervals: 95 %, paired bootstrap over "
-        "images. In brackets beside a ratio: its interval. `met`: the project's bar for that number of calls. Bound: "
-        "the median error of each image's own best combination of its noise and all predictions of the fitted run, "
+        f"scheduler of diffusers on all its grids, screened on {SCREENED} of the images; the best {FINALISTS} by "
+        "median and by RMSE run on all, and the best by median (RMSE: by RMSE) is picked, which favours it. Intervals: "
+        "95 %, paired bootstrap over images. In brackets beside a ratio: its interval. `met`: the project's bar for "
+        "that number of calls. Bound: the median error of each image's own best combination of its noise and all "
+        "predictions of the fitted run, "
         "found with the teacher's image in hand; no coefficients for these calls can bring the images nearer.",
         "",
     ]
@@ -296,12 +318,12 @@ def main() -> None:
         rows.write_text(json.dumps({"calls": TRANSFER_CALLS, "results": moved}) + "\n")
         (args.out / "fitted_transfer.md").write_text(transfer_page(moved, args.guidance[0], args.images))
         return
-    how = {"moves": args.moves, "refine": args.refine, "order": args.order}
+    how = {k: getattr(args, k) for k in ("moves", "refine", "order")}
     for guidance in args.guidance:
         for name in args.models:
             key = f"{name} {guidance:g}"
             if key not in results:
-                results[key] = setting(name, guidance, args.images, args.work, args.samples, **how)
+                results[key] = setting(name, guidance, args)
             text = {"images": args.images, "seeds": SEEDS, "samples": args.samples, **how, "results": results}
             args.out.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(text) + "\n")

@@ -140,7 +140,8 @@ def ours(
 def stock(config: Mapping[str, Any]) -> list[Candidate]:
     """Every deterministic scheduler of diffusers that accepts the path of this config, on all its grids.
 
-    Stochastic ones are left out: they have no paired error to a teacher.
+    Stochastic ones are left out: they have no paired error to a teacher. So are the first-order forms of DPM-Solver++
+    and DEIS, which are DDIM.
     """
     return _stock_flow(config) if isinstance(read(config).path, Flow) else _stock_vp()
 
@@ -179,14 +180,16 @@ def _stock_vp() -> list[Candidate]:
         if name != "lu":
             found.append(_stock("EulerDiscreteScheduler", f"Euler {name}", **on))
             found.append(_stock("HeunDiscreteScheduler", f"Heun {name}", _odd, **on))
+            found.append(_stock("KDPM2DiscreteScheduler", f"KDPM2 {name}", _odd, **on))
             found.append(_stock("LMSDiscreteScheduler", f"LMS {name}", **on))
     return found
 
 
 _MULTISTEP: tuple[tuple[str, str, tuple[int, ...], dict[str, Any]], ...] = (
     ("DPMSolverMultistepScheduler", "DPM++", (2, 3), {}),
-    ("DPMSolverSinglestepScheduler", "DPM++ single", (2,), {}),
-    ("UniPCMultistepScheduler", "UniPC", (2, 3), {}),
+    ("DPMSolverSinglestepScheduler", "DPM++ single", (2, 3), {}),
+    ("UniPCMultistepScheduler", "UniPC", (1, 2, 3), {}),
+    ("UniPCMultistepScheduler", "UniPC bh1", (2, 3), {"solver_type": "bh1"}),
     ("DEISMultistepScheduler", "DEIS", (2, 3), {}),
 )
 
@@ -202,8 +205,8 @@ def _stock_flow(config: Mapping[str, Any]) -> list[Candidate]:
         _stock("FlowMatchHeunDiscreteScheduler", "flow Heun", _odd),
     ]
     found += [
-        _stock(cls, f"{short}-{order} flow {final}", solver_order=order, final_sigmas_type=final, **flow)
-        for cls, short, orders, _ in _MULTISTEP
+        _stock(cls, f"{short}-{order} flow {final}", solver_order=order, final_sigmas_type=final, **flow, **more)
+        for cls, short, orders, more in _MULTISTEP
         for order in orders
         for final in ("zero", "sigma_min")
         if not (short == "DEIS" and final == "sigma_min")  # DEIS has no such setting
