@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from .core.grid import nodes as _nodes
 from .core.node import Node
 from .core.path import Nodes, Path
+from .core.prediction import Prediction
 from .core.table import Table
+from .errors import RunError
 from .samplers.registry import Sampler
 from .samplers.rewrite import rewritten
 
@@ -43,8 +46,28 @@ def sample(
 
     Returns:
         The state at `nodes[-1]`.
+
+    Raises:
+        OptionError: an option that the sampler does not take.
+        RunError: a prediction of another shape than x, or with NaN or infinity.
     """
-    return rewritten(sampler, rewrite).run(x, nodes, predict, noise, calls, **options)
+    return rewritten(sampler, rewrite).run(x, nodes, _checked(predict), noise, calls, **options)
+
+
+def _checked(predict: Callable[[Any, Node], Any]) -> Callable[[Any, Node], Any]:
+    """`predict`, after a look at what it gives."""
+
+    def called(x: Any, node: Node) -> Any:
+        made = predict(x, node)
+        value = made.value if isinstance(made, Prediction) else made
+        if getattr(value, "shape", None) != x.shape:
+            shape = getattr(value, "shape", type(value).__name__)
+            raise RunError(f"predict at t = {node.t:g}: expected the shape {tuple(x.shape)} of the state, got {shape}")
+        if not math.isfinite(value.sum()) and not bool((abs(value) < math.inf).all()):
+            raise RunError(f"predict at t = {node.t:g}: the prediction holds NaN or infinity")
+        return made
+
+    return called
 
 
 def trace(

@@ -71,7 +71,8 @@ def _samplers() -> int:
         options = ", ".join(f"{k}={v!r}" for k, v in found.defaults.items())
         order = found.order_of()
         kind = "stochastic" if found.stochastic else "deterministic"
-        print(f"{name:14s} order {order:g}, {kind}; {found.paper}\n{'':14s} options: {options or 'none'}")
+        about = f"order {order:g}, space {found.space_of(found.defaults)}, {kind}"
+        print(f"{name:14s} {about}; {found.paper}\n{'':14s} options: {options or 'none'}")
     return 0
 
 

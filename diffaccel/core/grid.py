@@ -15,6 +15,8 @@ from .held import nearest_calls
 from .node import Node
 from .path import Nodes, Path
 
+_ROUNDED = 1e-2  # by which a user's level may lie outside the path: lists are published with few digits
+
 # A grid gives n nodes from the noisiest to the cleanest; `closed` ones include `path.last`.
 Points = Callable[..., list[Node]]
 GRIDS: dict[str, tuple[Points, bool]] = {}
@@ -114,7 +116,25 @@ def from_sigmas(path: Path, sigmas: Sequence[float], *, final: str = "zero", war
     end = path.end if closing or final == "zero" else path.last
     if found[-1].level <= end.level:
         end = path.end
-    return checked([*found, end], path, "sigmas")
+    return checked([*_inside(found, path, "sigmas"), end], path, "sigmas")
+
+
+def _inside(found: list[Node], path: Path, where: str) -> list[Node]:
+    """The nodes, after the check that the model was trained at their levels (but for the rounding of published lists).
+
+    Raises:
+        OptionError: naming the level that was not.
+    """
+    high = path.first.level * (1 + _ROUNDED)
+    low = path.last.level * (1 - _ROUNDED) if path.family == "vp" else 0.0
+    for node in found:
+        if not low <= node.level <= high:
+            side, most = ("above", path.first.level) if node.level > high else ("below", path.last.level)
+            raise OptionError(
+                f"{where}: sigma/alpha = {node.level:g} is {side} {most:g}, where this {path.family} path ends; the "
+                "model was not trained there"
+            )
+    return found
 
 
 def from_timesteps(path: Path, timesteps: Sequence[float], *, final: str = "zero") -> Nodes:
@@ -124,7 +144,7 @@ def from_timesteps(path: Path, timesteps: Sequence[float], *, final: str = "zero
         raise OptionError(f"timesteps must be one or more finite values, got {values[:8]}")
     found = [path.at(t) for t in values]
     end = path.end if final == "zero" or found[-1].level <= path.last.level else path.last
-    return checked([*found, end], path, "timesteps")
+    return checked([*_inside(found, path, "timesteps"), end], path, "timesteps")
 
 
 # ---------------------------------------------------------------------- helpers

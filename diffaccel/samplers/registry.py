@@ -233,14 +233,29 @@ def _instead_of_text(default: Any, text: str) -> str | None:
     return "a number" if isinstance(default, (int, float)) else None
 
 
+def same_loop(a: Sampler, b: Sampler) -> bool:
+    """Whether both come from one definition: the same code, perhaps read again, as a cell of a notebook is."""
+    return (a.loop.__module__, a.loop.__qualname__) == (b.loop.__module__, b.loop.__qualname__)
+
+
+def same_definition(a: Sampler, b: Sampler) -> bool:
+    """`same_loop`, and nothing else that was stated differs."""
+    stated = ("order", "space", "paper", "stochastic", "variants", "smooth", "start", "rewrites", "edits", "place")
+    return same_loop(a, b) and all(_told(getattr(a, k)) == _told(getattr(b, k)) for k in stated)
+
+
+def _told(value: Any) -> Any:
+    return getattr(value, "__qualname__", value)
+
+
 def add(made: Sampler) -> Sampler:
     """Register a sampler object, such as `from_k_diffusion` makes.
 
     Raises:
         OptionError: if the name is taken by another loop.
     """
-    old, loop = REGISTRY.get(made.name), made.loop
-    if old is not None and (old.loop.__module__, old.loop.__qualname__) != (loop.__module__, loop.__qualname__):
+    old = REGISTRY.get(made.name)
+    if old is not None and not same_loop(old, made):
         raise OptionError(f"a sampler named {made.name!r} is registered already, by {old.loop.__module__}")
     REGISTRY[made.name] = made
     return made

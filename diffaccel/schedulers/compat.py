@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import OptionError
 from ..samplers.parts import plain
-from ..samplers.registry import REGISTRY, Sampler, get
+from ..samplers.registry import REGISTRY, Sampler, get, same_definition
 from . import from_config as reader
 from .artifacts import advised
 from .origins import ORIGINS
@@ -81,11 +81,13 @@ def saved(config: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     name = config["sampler"]
     if isinstance(name, Sampler):
-        if REGISTRY.setdefault(name.name, name) is not name:
+        known = REGISTRY.get(name.name)
+        if known is not None and known is not name and not same_definition(known, name):
             raise OptionError(
                 f"sampler={name.name!r}: another sampler is registered under this name; rename yours with "
-                "dataclasses.replace(sampler, name=...)"
+                "from_k_diffusion(fn, name=...) or dataclasses.replace(sampler, name=...)"
             )
+        REGISTRY[name.name] = name
         found["sampler"] = name = name.name
     chosen, takes = config["sampler_options"], get(name).calibrated
     if chosen is not None:

@@ -231,6 +231,8 @@ def _missing(seen: Seen) -> tuple[str, ...]:
 # ---------------------------------------------------------------------- settings of each family
 def _steps(seen: Seen) -> int | None:
     value = seen.number("num_train_timesteps")
+    if value is not None and value != int(value):
+        raise PathError(f"num_train_timesteps must be a whole number, got {value!r}")
     return None if value is None else int(value)
 
 
@@ -295,7 +297,7 @@ def _vp(seen: Seen, rule: str) -> Reading:
             raise seen.refuse(rule, f"{seen.origin} has no beta_schedule {schedule!r}")
         found["beta_schedule"] = one_of("beta_schedule", schedule, (*ENDLESS, "linear", "scaled_linear", "sigmoid"))
         found.update({k: seen.number(k) for k in BETA_KEYS[:2] if seen.get(k) is not None})
-    found["rescale_betas_zero_snr"] = bool(seen.get("rescale_betas_zero_snr", False))
+    found["rescale_betas_zero_snr"] = seen.on("rescale_betas_zero_snr")
     if seen.get("snr_shift_scale") is not None:
         found["snr_shift_scale"] = seen.number("snr_shift_scale")
     linear = about is not None and about.spacing == "euler" and seen.get("interpolation_type", "linear") == "linear"
@@ -324,7 +326,7 @@ def _flow(seen: Seen, rule: str) -> Reading:
     own = "shift" if "shift" in seen.chosen or rule.startswith("row 0") else own
     key = other if seen.says(other) and not seen.says(own) else own
     found["shift"], found["flow_reversed"] = seen.number(key, 1.0), False
-    found["use_dynamic_shifting"] = bool(seen.get("use_dynamic_shifting", False))
+    found["use_dynamic_shifting"] = seen.on("use_dynamic_shifting")
     found["time_shift_type"] = seen.get("time_shift_type", "exponential")
     if seen.get("shift_terminal"):  # diffusers reads 0 as none, too
         found["shift_terminal"] = seen.number("shift_terminal")

@@ -56,7 +56,10 @@ def first_call(run: Run, timestep: Any) -> int:
         start = known.untyped_storage().data_ptr()
         if start and timestep.untyped_storage().data_ptr() == start:
             return int(timestep.storage_offset() - known.storage_offset())
-    value = float(timestep)
+    try:
+        value = float(timestep)
+    except (TypeError, ValueError, RuntimeError):
+        raise RunError(f"the first step of a run needs one timestep, a number; got {timestep!r}") from None
     near = (run.cpu_timesteps.double() - value).abs() <= 1e-5 * max(1.0, abs(value))
     if not near.any():
         raise RunError(

@@ -41,8 +41,10 @@ def in_number(timesteps: Any, samples: torch.Tensor, noise: torch.Tensor) -> tor
     """The timesteps as a tensor.
 
     Raises:
-        RunError: if there is neither one for all samples nor one for each.
+        RunError: if there is neither one for all samples nor one for each, or samples and noise are no tensors.
     """
+    if not (isinstance(samples, torch.Tensor) and isinstance(noise, torch.Tensor)):
+        raise RunError(f"samples and noise must be tensors, got {type(samples).__name__} and {type(noise).__name__}")
     found = torch.as_tensor(timesteps)
     if found.numel() not in (0, 1, len(samples), len(noise)):  # none: img2img at strength 0
         raise RunError(f"{found.numel()} timesteps for {len(samples)} samples: pass one, or one for each sample")

@@ -45,7 +45,7 @@ def plan(
     dynamic = settings["path"] == "flow" and settings["use_dynamic_shifting"]
     if dynamic and mu is None:
         raise OptionError(MU)
-    path = path_of(settings, mu=mu if dynamic else None)
+    path = path_of(settings, mu=_number(mu, "mu") if dynamic else None)
     grid, grid_options, final = grid_of(settings)
     n = sampler.intervals_of(calls, **options)
     traced: int | None = calls
@@ -55,7 +55,19 @@ def plan(
         refuse_nodes(sampler, options, "sigmas" if timesteps is None else "timesteps")
         nodes = _given(path, min(n, calls), calls, sigmas, timesteps, final)
         traced = calls if n <= calls else None  # a sampler that skips: these are its nodes, it calls fewer
-    return run_on(nodes, sampler, options, traced, device)
+    run = run_on(nodes, sampler, options, traced, device)
+    if n != calls and (timesteps is not None or traced is None):
+        run.notes.append(
+            f"{sampler.name} makes {calls} calls on {n} intervals: its nodes lie on the curve through the values given"
+        )
+    return run
+
+
+def _number(value: Any, what: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise OptionError(f"{what} must be a number, got {value!r}") from None
 
 
 def tried(settings: Mapping[str, Any], sampler: Sampler, options: dict[str, Any]) -> None:

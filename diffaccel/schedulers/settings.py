@@ -13,7 +13,7 @@ from ..core.families import betas
 from ..core.grid import GRIDS
 from ..core.path import Path
 from ..core.prediction import Output
-from ..errors import OptionError, PathError, one_of
+from ..errors import DiffaccelError, OptionError, PathError, one_of
 
 FAMILIES = ("vp", "flow", "edm")
 PREDICTIONS = {
@@ -52,8 +52,27 @@ def path_of(settings: Mapping[str, Any], *, mu: float | None = None) -> Path:
         settings: of a `Reading`, or the config of a `TableScheduler`.
         mu: the resolution-dependent shift of a run, used with `use_dynamic_shifting` only. Without it such a path is
             unshifted: its nodes are right (a node does not depend on the shift), its time-uniform grids are not.
+
+    Raises:
+        PathError: settings that make no path.
     """
-    get: Callable[[str], Any] = settings.get
+    try:
+        return _path_of(settings.get, mu)
+    except DiffaccelError:
+        raise
+    except (TypeError, ValueError) as error:
+        known = {k: settings.get(k) for k in NUMBERS[settings["path"]]} | ({} if mu is None else {"mu": mu})
+        raise PathError(f"a {settings['path']!r} path cannot be made of {known}: {error}") from error
+
+
+NUMBERS = {
+    "vp": ("num_train_timesteps", "beta_start", "beta_end"),
+    "flow": ("num_train_timesteps", "shift", "shift_terminal"),
+    "edm": ("sigma_min", "sigma_max", "sigma_data"),
+}
+
+
+def _path_of(get: Callable[[str], Any], mu: float | None) -> Path:
     if get("path") == "edm":
         missing = [k for k in ("sigma_min", "sigma_max", "sigma_data") if get(k) is None]
         if missing:

@@ -231,6 +231,7 @@ class Surface:
                 twin.__dict__[key] = copy.deepcopy(value, memo)
         twin._runs = PerThread()
         twin._runs.set(copy.deepcopy(self._runs.get(), memo))
+        twin._runs.generator = self.generator
         return twin
 
     def __getstate__(self) -> dict[str, Any]:

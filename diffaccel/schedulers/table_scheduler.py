@@ -6,7 +6,8 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 import diffusers
 import torch
@@ -74,8 +75,8 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
         policy: policies (`da.time_shift(...)`), one or a list.
         artifact: for calibrated samplers: the file that `diffaccel calibrate ...` wrote, or an `Artifact`. The config
             holds its name and checksum, `save_pretrained` puts the file beside the config.
-        grid: a grid (`core.grid.GRIDS`), or None for the one that the path's origin uses; for `from_config` also the
-            artifact of `diffaccel calibrate ays`, or its file: the config then holds its nodes.
+        grid: of `core.grid.GRIDS`; None: what a config states, else vp linspace_open, flow trailing, edm karras. For
+            `from_config` also the artifact of `diffaccel calibrate ays`, or its file.
         grid_options: its options.
         final_sigmas_type: "zero" or "sigma_min": where the run ends.
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x0 (pixel models).
@@ -294,13 +295,12 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
             RunError: before set_timesteps, or if there is no such call.
         """
         run = self._runs.need()
-        if not 0 <= begin_index <= len(run):
-            raise RunError(f"set_begin_index({begin_index}): this run has calls 0..{len(run) - 1}")
+        if not isinstance(begin_index, SupportsIndex) or not 0 <= index(begin_index) <= len(run):
+            raise RunError(f"set_begin_index({begin_index!r}): this run has calls 0..{len(run) - 1}")
         sampler, _ = self._sampler()
         if 0 < begin_index < len(run) and sampler.begin is not None:  # it may refuse, before the model is called
             begin_at(run.table, run.grid, int(begin_index), sampler, run.options)
-        run.begin, run.counter = int(begin_index), None
-        run.history = []
+        run.begin, run.counter, run.history = int(begin_index), None, []
 
     def step(
         self,
@@ -364,9 +364,9 @@ class TableScheduler(Announcing, Surface, SchedulerMixin, ConfigMixin):
             state, x0 = state.to(dtype), x0.to(dtype)
         if not return_dict:
             return state, x0
-        # edited previews must not reach later rows
-        shared = x0 is model_output or (run.history and x0 is run.history[0])
-        return TableSchedulerOutput(prev_sample=state, pred_original_sample=x0.clone() if shared else x0)
+        if x0 is model_output or (run.history and x0 is run.history[0]):  # edits of it must not reach later rows
+            x0 = x0.clone()
+        return TableSchedulerOutput(prev_sample=state, pred_original_sample=x0)
 
     def _open(self, timestep: Any, sample: torch.Tensor) -> Run:
         """The first call of a run: honour edits of `sigmas`, find where it begins, compile."""

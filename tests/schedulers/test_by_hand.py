@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from dataclasses import replace
@@ -14,7 +15,8 @@ from scheduler_runs import SD, generator, make, noise
 
 import diffaccel as da
 from diffaccel import TableScheduler, models
-from diffaccel.errors import OptionError, RunError
+from diffaccel.core.path import Path
+from diffaccel.errors import OptionError, PathError, RunError
 from diffaccel.samplers.registry import REGISTRY, get, sampler
 from diffaccel.schedulers import FittedScheduler
 from diffaccel.testing.certify import equal_methods
@@ -22,6 +24,7 @@ from diffaccel.testing.pipelines import build, call_kwargs
 
 X = noise(2, 4, 6, 6)
 CFG = diffusers.DDIMScheduler(**SD, clip_sample=False).config
+FLOW = diffusers.FlowMatchEulerDiscreteScheduler().config
 of = TableScheduler.from_config
 
 
@@ -193,3 +196,101 @@ def test_a_plug_in_that_does_not_trace_is_no_hindrance(monkeypatch):
 
     assert "branches" in registry.samplers()
     assert "ddpm" in equal_methods(get("ddim"), {"eta": 1.0})
+
+
+# ---------------------------------------------------------------------- values that mean nothing
+def raw(**settings):
+    return lambda: TableScheduler(**settings)
+
+
+@pytest.mark.parametrize(
+    ("make_it", "kind", "message"),
+    [
+        (raw(path="flow", shift=None), PathError, "'flow' path cannot be made of .*'shift': None"),
+        (raw(num_train_timesteps=1000.5), PathError, "'vp' path cannot be made of .*1000.5"),
+        (lambda: of({**CFG, "num_train_timesteps": 1000.7}), PathError, "must be a whole number, got 1000.7"),
+        (lambda: of({**CFG, "rescale_betas_zero_snr": "false"}), OptionError, "must be true or false, got 'false'"),
+        (lambda: of(FLOW, use_dynamic_shifting="false"), OptionError, "must be true or false, got 'false'"),
+    ],
+)
+def test_settings_that_make_no_path(make_it, kind, message):
+    with pytest.raises(kind, match=message):
+        make_it()
+
+
+def test_values_of_another_kind_are_refused_by_name():
+    scheduler = of(CFG, sampler="dpmpp")
+    with pytest.raises(RunError, match="noise must be tensors, got Tensor and NoneType"):
+        scheduler.add_noise(X, None, torch.tensor([10]))
+    scheduler.set_timesteps(5)
+    for wrong in ("1", 1.5, None, 9):
+        with pytest.raises(RunError, match=r"this run has calls 0\.\.4"):
+            scheduler.set_begin_index(wrong)
+    for wrong in (None, torch.tensor([1, 2]), "a"):
+        with pytest.raises(RunError, match="needs one timestep, a number"):
+            scheduler.step(X, wrong, X)
+    with pytest.raises(OptionError, match="mu must be a number, got 'a'"):
+        of(FLOW, use_dynamic_shifting=True).set_timesteps(5, mu="a")
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "side"),
+    [
+        ("sd15", {"sigmas": [20.0, 15.0, 1.0]}, "sigmas: sigma/alpha = 20 is above 14.6"),
+        ("sd15", {"sigmas": [10.0, 1.0, 0.001]}, "sigmas: sigma/alpha = 0.001 is below 0.029"),
+        ("edm", {"sigmas": [100.0, 1.0]}, "sigmas: sigma/alpha = 100 is above 80"),
+        ("edm", {"timesteps": [3.0, -3.0]}, "timesteps: sigma/alpha = 1.* is above 80"),
+    ],
+)
+def test_levels_outside_the_path_are_refused(path, given, side):
+    with pytest.raises(OptionError, match=f"{side}.*the model was not trained there"):
+        make(path).set_timesteps(**given)
+    make("sd15").set_timesteps(sigmas=[14.615, 6.475, 0.152])  # published with few digits
+
+
+def test_samplers_of_two_calls_say_that_they_move_the_nodes():
+    scheduler = make("sd15", "heun")
+    scheduler.set_timesteps(timesteps=[900, 600, 300, 100])
+    assert "heun makes 4 calls on 3 intervals: its nodes lie on the curve through the values" in scheduler.explain()
+    scheduler = make("sd15", "dpmpp")
+    scheduler.set_timesteps(timesteps=[900, 600, 300, 100])
+    assert "intervals" not in scheduler.explain()
+
+
+def test_a_copy_keeps_the_source_of_noise():
+    scheduler = make("sd15", "ddpm")
+    scheduler.generator = generator()
+    assert copy.deepcopy(scheduler).generator is scheduler.generator
+
+
+def test_a_cell_run_twice_registers_its_sampler_again():
+    def cell():
+        def sample_cell(model, x, sigmas, disable=None):
+            for i in range(len(sigmas) - 1):
+                d = (x - model(x, sigmas[i] * x.new_ones([x.shape[0]]))) / sigmas[i]
+                x = x + d * (sigmas[i + 1] - sigmas[i])
+            return x
+
+        return da.from_k_diffusion(sample_cell, name="a_cell")
+
+    try:
+        first, second = (TableScheduler(**SD, sampler=cell()) for _ in range(2))
+        for one in (first, second):
+            one.set_timesteps(5)
+        assert first.table == second.table
+        other = replace(cell(), loop=get("ddim").loop)
+        with pytest.raises(OptionError, match=r"another sampler is registered.*from_k_diffusion\(fn, name="):
+            TableScheduler(**SD, sampler=other)
+    finally:
+        REGISTRY.pop("a_cell", None)
+
+
+def test_sample_looks_at_what_predict_gives():
+    nodes = da.nodes(Path.vp_linear(), 4)
+    for wrong, message in (
+        (np.zeros(3), r"shape \(2,\) of the state, got \(3,\)"),
+        (None, "got NoneType"),
+        (np.array([0.0, np.nan]), "NaN or infinity"),
+    ):
+        with pytest.raises(RunError, match=message):
+            da.sample(lambda x, node, wrong=wrong: wrong, np.ones(2), "ddim", nodes=nodes)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines import pipeline_loading_utils as loading
-from scheduler_runs import PATHS, SD, loop, make, noise, sampled, uncalibrated
+from scheduler_runs import PATHS, SD, cases, label, loop, make, noise, sampled, uncalibrated
 
 import diffaccel.schedulers
 from diffaccel import TableScheduler, epsilon_scale, restart, time_shift
@@ -51,6 +51,17 @@ for name in sys.argv[2:]:
     found[name] = [type(scheduler).__module__, type(scheduler).__name__, scheduler.table.digest]
 print(json.dumps(found))
 """
+
+
+@pytest.mark.parametrize("path", ["sd15", "flow", "edm"])
+@pytest.mark.parametrize(("name", "options"), cases(), ids=label)
+def test_every_sampler_comes_back_from_a_file(name, options, path, tmp_path):
+    scheduler = make(path, name, **options)
+    scheduler.save_pretrained(tmp_path)
+    for made in (TableScheduler.from_pretrained(tmp_path), pickle.loads(pickle.dumps(scheduler))):
+        for one in (made, scheduler):
+            one.set_timesteps(8)
+        assert made.table == scheduler.table and made.config.sampler == name
 
 
 # ---------------------------------------------------------------------- pipelines

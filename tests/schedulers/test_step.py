@@ -9,8 +9,9 @@ import torch
 from scheduler_runs import PATHS, cases, generator, label, loop, make, model, noise, sampled
 
 from diffaccel import TableScheduler, TableSchedulerOutput
-from diffaccel.core.prediction import Prediction, convert
+from diffaccel.core.prediction import pair
 from diffaccel.errors import OptionError, RunError
+from diffaccel.schedulers.settings import output_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 X = noise(2, 4, 6, 6)
@@ -280,21 +281,26 @@ def test_large_but_finite_states_pass():
 
 
 # ---------------------------------------------------------------------- the arithmetic of a row
-@pytest.mark.parametrize(("name", "options"), cases(stochastic=False), ids=label)
-def test_steps_are_the_rows_of_the_table(name, options):
-    scheduler, x = make("sd15", name, **options), X.double()
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("name", "options"), cases(), ids=label)
+def test_steps_are_the_rows_of_the_table(name, options, path):
+    scheduler, x = make(path, name, **options), X.double()
     scheduler.set_timesteps(7)
-    rows = scheduler.table.rows
+    output, source = output_of(scheduler.config), generator()
 
     def predict(state, node, space):
-        output = torch.tanh(state)
-        return convert(Prediction(output, "eps"), space, state, node)
+        u, w = pair(output, space, node)
+        return u * state + w * torch.tanh(state)
 
-    states = scheduler.table.apply(x, predict, trajectory=True)
+    def drawn(state):
+        return torch.randn(state.shape, generator=source, dtype=state.dtype)
+
+    states = scheduler.table.apply(x, predict, drawn, trajectory=True)
+    assert len(states) == len(scheduler.table.rows) + 1
+    again = generator()
     for t, state in zip(scheduler.timesteps, states[1:], strict=True):
-        x = scheduler.step(torch.tanh(x), t, x)[0]
-        torch.testing.assert_close(x, state, rtol=1e-11, atol=1e-11)
-    assert len(states) == len(rows) + 1
+        x = scheduler.step(torch.tanh(x), t, x, generator=again)[0]
+        torch.testing.assert_close(x, state, rtol=1e-9, atol=1e-9)
 
 
 def test_a_momentum_takes_one_operation():
