@@ -197,12 +197,13 @@ def acceptance(name: str, result: dict, docs: Path, grids: Path) -> str:
                 + f": {values}\n"
             )
         image = grids / f"{name}{'-64' if size == 64 else ''}.png"
-        if image.is_file():
-            (docs / "img").mkdir(parents=True, exist_ok=True)
-            if image.resolve() != (docs / "img" / image.name).resolve():
-                shutil.copy(image, docs / "img" / image.name)
-            text += f"\n![{name}, {size} pixels](img/{image.name})\n\n"
-            text += "Columns: 3, 5, 8, 20, 100 calls. Rows: " + "; ".join(result["grid_prompts"]) + ".\n\n"
+        if not image.is_file():
+            raise SystemExit(f"no grid of images {image}: `python -m diffaccel.models.train check` makes it")
+        (docs / "img").mkdir(parents=True, exist_ok=True)
+        if image.resolve() != (docs / "img" / image.name).resolve():
+            shutil.copy(image, docs / "img" / image.name)
+        text += f"\n![{name}, {size} pixels](img/{image.name})\n\n"
+        text += "Columns: 3, 5, 8, 20, 100 calls. Rows: " + "; ".join(result["grid_prompts"]) + ".\n\n"
     return text
 
 
