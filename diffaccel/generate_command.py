@@ -92,6 +92,7 @@ def _generate(args: argparse.Namespace, world: World) -> Report:
     import transformers
 
     from . import drive, models, painter
+    from .component_configs import component_configs
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -114,6 +115,7 @@ def _generate(args: argparse.Namespace, world: World) -> Report:
     recipe = tuned | {
         "pipeline": type(pipe).__name__,
         "weights": drive.fingerprint(pipe),
+        "configs": component_configs(pipe),
         "scheduler": {"class": type(pipe.scheduler).__name__, "config": drive.plain_config(pipe.scheduler)},
         "calls": args.calls,
         "call": call,

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DiffaccelError, OptionError
-from .agree import differences, parsed, plain
+from .agree import differences, in_both, parsed, plain
 
 Record = dict[str, Any]
 VERIFY = ("fast", "full")
@@ -60,8 +60,11 @@ class Folder:
                 whole = plain({"recipe": recipe, "environment": environment})
                 text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False)
                 self.replace(self.manifest, (text + "\n").encode())
-        before = self.read()
-        wrong = differences(before["recipe"], plain(recipe), "the folder has", "this run has")
+        before, asked = self.read(), plain(recipe)
+        # earlier versions wrote no configs, and another version of a library may write other keys of them
+        configs = in_both(before["recipe"].get("configs", {}), asked.get("configs", {}))
+        known, asked = ({**side, "configs": found} for side, found in zip((before["recipe"], asked), configs))
+        wrong = differences(known, asked, "the folder has", "this run has")
         if wrong:
             raise FolderError(
                 f"{self.root} holds images of another recipe:\n"
