@@ -54,7 +54,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: all images are there; 1: `--status` of an incomplete folder; 2: refused or failed; 130: stopped."""
+    """0: all images are there; 1: `--status` of an incomplete folder; 2: refused or failed; 3: some images failed, all
+    others are there; 130: stopped."""
     if args.status:
         return _status(args)
     needed = ("out",) if args.recipe else ("out", "calls")
@@ -64,7 +65,14 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError(f"generate needs {', '.join(missing)}; see diffaccel generate --help")
 
     def job(world: World) -> int:
-        report = _generate(args, world)
+        from .parallel.generate import FailedImages
+
+        try:
+            report = _generate(args, world)
+        except FailedImages as error:
+            if world.rank == 0:
+                print(f"diffaccel: {error}", file=sys.stderr, flush=True)
+            return 3
         if world.rank == 0:
             _print(report, args.out)
         return 0
@@ -201,6 +209,8 @@ def _status(args: argparse.Namespace) -> int:
         f"{args.status}: {found['done']} of {found['images']} images done, {len(found['missing'])} missing, "
         f"{len(found['damaged'])} damaged, {len(found['nan'])} with NaN, {len(found['black'])} black"
     )
+    if found["failed"]:
+        print(f"{args.status}: of the missing, {len(found['failed'])} failed; failed.jsonl says why")
     return 0 if found["done"] == found["images"] else 1
 
 
