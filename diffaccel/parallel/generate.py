@@ -138,7 +138,7 @@ def generate(
     """Fill `out` with the images of `tasks`; those that are there already are not made again.
 
     A chunk that `paint` fails at is noted in the folder, and the others are made; the next run tries it again. As
-    long as the folder has no image, such an error ends the run at once: it will be wrong for every chunk.
+    long as the folder has no image, such an error ends the run at once: it is most likely wrong for every chunk.
 
     Args:
         paint: makes the images of one chunk; called in every process with different chunks.
@@ -167,7 +167,7 @@ def generate(
     same_on_all(world, "recipe", whole)
     folder = Folder(out)
     if world.rank != 0:
-        return _work(folder, paint, chunks, scheduler, world, whole, None)
+        return _work(folder, paint, chunks, scheduler, world, None)
     with locked(folder):
         try:
             notes = folder.begin(whole, environment or {})
@@ -181,7 +181,7 @@ def generate(
         folder.merge(kept)
         todo = [k for k, chunk in enumerate(chunks) if any(t.index not in kept for t in chunk)]
         todo.sort(key=lambda k: k in failed)  # last: some failures end the process that meets them
-        return _work(folder, paint, chunks, scheduler, world, whole, todo, progress)
+        return _work(folder, paint, chunks, scheduler, world, todo, progress)
 
 
 def _first_other(folder: Folder, tasks: Sequence[Task]) -> str:
@@ -202,7 +202,6 @@ def _work(
     chunks: Sequence[Sequence[Task]],
     scheduler: str,
     world: World,
-    recipe: Mapping[str, Any],
     todo: list[int] | None,
     progress: bool = False,
 ) -> Report:
@@ -228,7 +227,7 @@ def _work(
             try:
                 made, seconds = painted(paint, chunks[k], k)
             except ChunkError as error:
-                if not tell():  # no image yet: this is wrong for every chunk
+                if not tell():  # no image yet: this is most likely wrong for every chunk
                     raise
                 part.write([{"chunk": k, "images": [t.index for t in chunks[k]], "error": str(error)}])
                 if not usable(world.device):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffaccel.errors import OptionError, RunError
-from diffaccel.parallel.chunk import ChunkError
+from diffaccel.parallel.chunk import ChunkError, usable
 from diffaccel.parallel.folder import Folder, FolderError, locked
 from diffaccel.parallel.generate import (
     MOST,
@@ -141,6 +141,19 @@ def test_a_device_that_computes_no_more_ends_the_run_and_comes_last_in_the_next(
             run(tmp_path, paint)
         assert status(tmp_path)["failed"] == [3, 4, 5]
     assert (first.made, second.made) == ([0, 1, 2], [6, 7, 8, 9])
+
+
+def test_a_device_is_asked_whether_it_still_computes(monkeypatch):
+    asked = []
+
+    def synchronize(device):
+        asked.append(device)
+        if len(asked) > 1:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
+    assert [usable(torch.device(d)) for d in ("cpu", "cuda:1", "cuda:1")] == [True, True, False]
+    assert asked == [torch.device("cuda:1")] * 2
 
 
 def test_a_list_of_failures_has_an_end(tmp_path):
