@@ -9,6 +9,7 @@ import copy
 import hashlib
 import inspect
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from .plain_tensors import plain_tensors
 
 SAMPLE = 64  # values of each tensor that the hash of a checkpoint reads
 SIDES = ("height", "width")
+TEXTS = re.compile(r"(negative_)?prompt(_\d)?")  # arguments that pipelines want in the type of `prompt`
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,6 @@ class Driver:
         **more: Any,
     ) -> Driven:
         """One batch, each image from its own generator. latents: also keep the last state. more: of the call."""
-        given = list(prompts) if self.key == "prompt" else [_label(p) for p in prompts]
         last: list[torch.Tensor] = []
 
         def keep(pipe: Any, step: int, t: Any, found: dict[str, Any]) -> dict[str, Any]:
@@ -149,9 +150,7 @@ class Driver:
         noise = noise_of(generators, self.pipe.scheduler, next(network.parameters()).device)
         with noise, Passes(network, self._on_call, generators) as passes, torch.no_grad():
             found = self.pipe(
-                **{self.key: given},
-                **self.options,
-                **more,
+                **asked(self.key, prompts, {**self.options, **more}),
                 generator=generators,
                 num_inference_steps=steps,
                 output_type="np",
@@ -196,6 +195,19 @@ def noise_of(generators: list[torch.Generator], scheduler: Any, device: torch.de
         finally:
             if takes_them:
                 scheduler.generator = before
+
+
+def asked(key: str, prompts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a pipeline's call for these prompts (`key` "prompt") or classes, in which every text of `options`
+    that belongs to a prompt (negative_prompt, prompt_2, ...) stands once for each prompt.
+
+    Raises:
+        OptionError: a class that is no number.
+    """
+    if key != "prompt":
+        return {key: [_label(p) for p in prompts], **options}
+    texts = {k: [v] * len(prompts) for k, v in options.items() if isinstance(v, str) and TEXTS.fullmatch(k)}
+    return {key: list(prompts), **options, **texts}
 
 
 def _label(text: str) -> int:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .parallel.generate import Report
     from .parallel.world import World
 
+OWN = 16  # images of an embedded model where neither prompts nor seeds are given, as in `diffaccel demo`
 EPILOG = """\
 Several processes: torchrun --nproc-per-node 4 -m diffaccel generate ... (or accelerate launch -m diffaccel ..., or
 srun). The images are the same for any number of processes. Stopped or killed: the same command goes on."""
@@ -27,7 +28,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     p = commands.add_parser("generate", help="images for many prompts and seeds, on one or many devices", epilog=EPILOG)
     p.add_argument("model", nargs="?", metavar="MODEL", help="tiny-sd, tiny-flow, tiny-pixel, a folder, or a hub id")
     p.add_argument(
-        "--prompts", metavar="FILE", help=".txt, .csv, .tsv, .json or .jsonl (a model of classes: all in turn)"
+        "--prompts",
+        metavar="FILE",
+        help=".txt, .csv, .tsv, .json or .jsonl (default: an embedded model's own; a model of classes: all in turn)",
     )
     p.add_argument("--out", metavar="DIR", help="folder to fill; a run that was stopped goes on there")
     p.add_argument("--calls", type=int, metavar="N", help="model calls an image, exactly (a guidance pair counts once)")
@@ -51,7 +54,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: all images are there; 1: `--status` of an incomplete folder; 2: refused or failed; 130: stopped."""
+    """0: all images are there; 1: `--status` of an incomplete folder; 2: refused or failed; 3: some images failed, all
+    others are there; 130: stopped."""
     if args.status:
         return _status(args)
     needed = ("out",) if args.recipe else ("out", "calls")
@@ -61,7 +65,14 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError(f"generate needs {', '.join(missing)}; see diffaccel generate --help")
 
     def job(world: World) -> int:
-        report = _generate(args, world)
+        from .parallel.generate import FailedImages
+
+        try:
+            report = _generate(args, world)
+        except FailedImages as error:
+            if world.rank == 0:
+                print(f"diffaccel: {error}", file=sys.stderr, flush=True)
+            return 3
         if world.rank == 0:
             _print(report, args.out)
         return 0
@@ -89,12 +100,13 @@ def _generate(args: argparse.Namespace, world: World) -> Report:
     import transformers
 
     from . import drive, models, painter
+    from .component_configs import component_configs
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     pipe = painter.load(args.model, args.dtype)
     if tasks is None:
-        tasks = tasks_for(_labels(pipe, seeds), seeds)
+        tasks = tasks_for(_own_prompts(args.model, pipe, seeds), seeds)
     empty = sum(not task.prompt for task in tasks)
     if empty and world.rank == 0:
         print(f"generate: {empty} of {len(tasks)} images have an empty prompt", file=sys.stderr)
@@ -111,6 +123,7 @@ def _generate(args: argparse.Namespace, world: World) -> Report:
     recipe = tuned | {
         "pipeline": type(pipe).__name__,
         "weights": drive.fingerprint(pipe),
+        "configs": component_configs(pipe),
         "scheduler": {"class": type(pipe.scheduler).__name__, "config": drive.plain_config(pipe.scheduler)},
         "calls": args.calls,
         "call": call,
@@ -163,14 +176,17 @@ def _accelerated(pipe: Any, args: argparse.Namespace) -> str:
     return made.sha256
 
 
-def _labels(pipe: Any, seeds: Sequence[int] | None) -> list[str]:
-    """Without prompts: the classes of a class-conditional model in turn, no more of them than images."""
+def _own_prompts(model: str, pipe: Any, seeds: Sequence[int] | None) -> list[str]:
+    """Without --prompts: classes in turn, no more of them than images; of an embedded model a text for each image."""
+    from . import models
     from .drive import classes
 
     number = classes(pipe)
-    if number is None:
-        raise OptionError(f"generate needs --prompts: {type(pipe).__name__} makes images of texts")
-    return [str(k) for k in range(number if seeds is None else min(number, len(seeds)))]
+    if number is not None:
+        return [str(k) for k in range(number if seeds is None else min(number, len(seeds)))]
+    if model in models.names():
+        return models.prompts(OWN if seeds is None else len(seeds))
+    raise OptionError(f"generate needs --prompts: {type(pipe).__name__} makes images of texts")
 
 
 def _print(report: Report, out: str) -> None:
@@ -193,6 +209,8 @@ def _status(args: argparse.Namespace) -> int:
         f"{args.status}: {found['done']} of {found['images']} images done, {len(found['missing'])} missing, "
         f"{len(found['damaged'])} damaged, {len(found['nan'])} with NaN, {len(found['black'])} black"
     )
+    if found["failed"]:
+        print(f"{args.status}: of the missing, {len(found['failed'])} failed; failed.jsonl says why")
     return 0 if found["done"] == found["images"] else 1
 
 

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 4 examples/multi_gpu_generate.py --model stable-diffus
 
 import argparse
 
+from diffaccel.component_configs import component_configs
 from diffaccel.drive import fingerprint, plain_config
 from diffaccel.painter import Painter, load
 from diffaccel.parallel.generate import generate, tasks_for
@@ -24,7 +25,7 @@ with open_world() as world:
     pipe.scheduler = TableScheduler.from_config(pipe.scheduler.config, sampler="unipc", order=3)
     # Everything that an image depends on: a folder that was begun with another recipe is refused.
     recipe = {"weights": fingerprint(pipe), "scheduler": plain_config(pipe.scheduler), "calls": args.calls}
-    recipe["guidance"] = 4.0
+    recipe |= {"configs": component_configs(pipe), "guidance": 4.0}
     paint = Painter(pipe.to(world.device), args.calls, {"guidance_scale": recipe["guidance"]}, on_call=world.check)
     prompts = ["a photo of a red coat on a white background", "a photo of a blue bag on a black background"]
     tasks = tasks_for(prompts, range(args.images))

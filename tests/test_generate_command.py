@@ -85,16 +85,21 @@ def test_empty_prompts_are_made_and_counted(model, tmp_path, capsys):
     assert "1 of 3 images have an empty prompt" in said.err and "is complete: 3 images" in said.out
 
 
-@pytest.mark.parametrize("name", models.names())
-def test_the_embedded_models(name, tmp_path):
-    """Each makes images of what it is told, from the command alone."""
-    given = ["generate", name, "--cpu", "--calls", "2", "--out", str(tmp_path / "out"), "--seeds", "0-1"]
-    if name != "tiny-pixel":
-        (tmp_path / "p.txt").write_text("\n".join(models.prompts(2)), encoding="utf-8")
-        given += ["--prompts", str(tmp_path / "p.txt"), "--guidance", "4"]
-    assert main(given) == 0
+@pytest.mark.parametrize(
+    "name, more, prompts",
+    [
+        ("tiny-sd", {"guidance": 4, **SIZE}, models.prompts(16)),
+        ("tiny-flow", {"seeds": "4-6", "guidance": 4, **SIZE}, models.prompts(3)),
+        ("tiny-pixel", {"seeds": "0-1"}, ["0", "1"]),
+    ],
+)
+def test_the_embedded_models(name, more, prompts, tmp_path):
+    """Each makes images of its own prompts, from the command alone: one for each seed, or 16."""
+    given = ["generate", name, "--cpu", "--calls", "2", "--out", str(tmp_path / "out")]
+    assert main([*given, *(f"--{k}={v}" for k, v in more.items())]) == 0
     lines = [json.loads(line) for line in (tmp_path / "out" / "images.jsonl").read_text().splitlines()]
-    assert len({r["sha256"] for r in lines}) == 2 and {(r["calls"], r["flaw"]) for r in lines} == {(2, None)}
+    assert [r["prompt"] for r in lines] == prompts and {(r["calls"], r["flaw"]) for r in lines} == {(2, None)}
+    assert len({r["sha256"] for r in lines}) == len(prompts)
 
 
 def test_class_labels():

@@ -23,7 +23,7 @@ from ..artifact import Artifact
 from ..core.node import Node
 from ..core.path import Nodes, Path
 from ..denoiser.contract import refuse_wrapped
-from ..drive import Driver, denoiser, noise_of
+from ..drive import Driver, asked, denoiser, noise_of
 from ..errors import OptionError, RunError
 from ..parallel.protocol import SoloWorld, World
 from ..schedulers.guards import output_for
@@ -236,7 +236,6 @@ class Engine:
         """
         pipe, before = self.pipe, self.pipe.scheduler
         bar = dict(getattr(pipe, "_progress_bar_config", {}))
-        given = list(batch.prompts) if self._key == "prompt" else [int(p) for p in batch.prompts]
         if latents is not None:
             call["latents"] = latents.to(self.device, denoiser(pipe).dtype)
         generators = [torch.Generator("cpu").manual_seed(s) for s in batch.seeds]
@@ -246,8 +245,7 @@ class Engine:
         try:
             with count, noise_of(generators, scheduler, self.device), torch.no_grad():
                 found = pipe(
-                    **{self._key: given},
-                    **{**self.call, **call},
+                    **asked(self._key, batch.prompts, {**self.call, **call}),
                     generator=generators,
                     num_inference_steps=steps,
                     output_type="latent",

@@ -41,6 +41,14 @@ def differences(left: Any, right: Any, left_has: str, right_has: str, at: str = 
     return [] if left == right else [f"  {at}: {left_has} {_short(left)}, {right_has} {_short(right)}"]
 
 
+def in_both(left: Any, right: Any) -> tuple[Any, Any]:
+    """Two JSON values without the keys that only one of them has."""
+    if not isinstance(left, dict) or not isinstance(right, dict):
+        return left, right
+    pairs = {k: in_both(left[k], right[k]) for k in left if k in right}
+    return {k: a for k, (a, _) in pairs.items()}, {k: b for k, (_, b) in pairs.items()}
+
+
 def _short(value: Any, most: int = 120) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= most else text[:most] + "..."

@@ -2,6 +2,7 @@
 
     manifest.json     the recipe; written once, before the first image
     images.jsonl      one JSON line an image, in order of index; rewritten when a run begins and when it ends
+    failed.jsonl      one JSON line a chunk that could not be painted by the last run; no file where there is none
     parts/*.jsonl     lines that a process wrote since; each process of each run has its own file
     000000/000123.png image 123 (a thousand a folder)
 
@@ -24,10 +25,11 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DiffaccelError, OptionError
-from .agree import differences, parsed, plain
+from .agree import differences, in_both, parsed, plain
 
 Record = dict[str, Any]
 VERIFY = ("fast", "full")
+IMAGE, FAILURE = {"index", "file", "bytes", "sha256"}, {"chunk", "images", "error"}  # keys that tell lines apart
 
 
 class FolderError(DiffaccelError, OSError):
@@ -40,6 +42,7 @@ class Folder:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self.manifest, self.lines, self.parts = (self.root / n for n in ("manifest.json", "images.jsonl", "parts"))
+        self.failed = self.root / "failed.jsonl"
 
     # ------------------------------------------------------------------ the recipe
     def begin(self, recipe: Mapping[str, Any], environment: Mapping[str, Any]) -> list[str]:
@@ -60,8 +63,11 @@ class Folder:
                 whole = plain({"recipe": recipe, "environment": environment})
                 text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False)
                 self.replace(self.manifest, (text + "\n").encode())
-        before = self.read()
-        wrong = differences(before["recipe"], plain(recipe), "the folder has", "this run has")
+        before, asked = self.read(), plain(recipe)
+        # earlier versions wrote no configs, and another version of a library may write other keys of them
+        configs = in_both(before["recipe"].get("configs", {}), asked.get("configs", {}))
+        known, asked = ({**side, "configs": found} for side, found in zip((before["recipe"], asked), configs))
+        wrong = differences(known, asked, "the folder has", "this run has")
         if wrong:
             raise FolderError(
                 f"{self.root} holds images of another recipe:\n"
@@ -111,25 +117,30 @@ class Folder:
     # ------------------------------------------------------------------ lines
     def records(self) -> dict[int, Record]:
         """The line of each image, by index; later lines replace earlier ones."""
-        found: dict[int, Record] = {}
-        for file in [self.lines, *sorted(self.parts.glob("*.jsonl"))]:
-            try:
-                data = file.read_bytes()
-            except FileNotFoundError:
-                continue
-            found |= {r["index"]: r for r in _whole_lines(data)}
-        return found
+        return {r["index"]: r for r in self._read(self.lines, IMAGE)}
+
+    def failures(self) -> dict[int, Record]:
+        """What the last run could not paint, by chunk: {"chunk", "images" (indexes), "error"}."""
+        return {r["chunk"]: r for r in self._read(self.failed, FAILURE)}
+
+    def _read(self, merged: Path, keys: set[str]) -> Iterator[Record]:
+        for file in [merged, *sorted(self.parts.glob("*.jsonl"))]:
+            with contextlib.suppress(FileNotFoundError):
+                yield from _whole_lines(file.read_bytes(), keys)
 
     def part(self, run: str, rank: int) -> Part:
         """A new file for the lines of one process of one run."""
         return Part(self, self.parts / f"{run}-{rank:05d}.jsonl")
 
-    def merge(self, records: Mapping[int, Record]) -> None:
-        """Write `records` as images.jsonl, then drop the parts that it replaces."""
-        text = "".join(_line(records[i]) for i in sorted(records))
+    def merge(self, records: Mapping[int, Record], failures: Mapping[int, Record] | None = None) -> None:
+        """Write `records` as images.jsonl and `failures` as failed.jsonl, then drop the parts that they replace."""
         old = list(self.parts.glob("*.jsonl"))
         with self.writing():
-            self.replace(self.lines, text.encode())
+            self.replace(self.lines, _sorted(records))
+            if failures:
+                self.replace(self.failed, _sorted(failures))
+            else:
+                self.failed.unlink(missing_ok=True)
             for file in old:
                 file.unlink()
 
@@ -229,14 +240,18 @@ def check_verify(verify: str) -> str:
     return verify
 
 
-def _whole_lines(data: bytes) -> Iterator[Record]:
+def _whole_lines(data: bytes, keys: set[str]) -> Iterator[Record]:
     for line in data.split(b"\n")[:-1]:  # what follows the last newline was torn
         try:
             found = json.loads(line)
         except ValueError:  # a torn line in the middle: the disk was full once
             continue
-        if isinstance(found, dict) and {"index", "file", "bytes", "sha256"} <= found.keys():
+        if isinstance(found, dict) and keys <= found.keys():
             yield found
+
+
+def _sorted(lines: Mapping[int, Record]) -> bytes:
+    return "".join(_line(lines[i]) for i in sorted(lines)).encode()
 
 
 def _line(record: Record) -> str:

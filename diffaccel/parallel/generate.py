@@ -17,11 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from ..errors import DiffaccelError, OptionError, RunError
+from ..errors import OptionError, RunError
 from .agree import same_on_all
+from .chunk import ChunkError, painted, saved, usable
+from .chunk import Paint as Paint
+from .chunk import Painted as Painted
+from .chunk import Task as Task
+from .chunk import to_pixels as to_pixels
 from .folder import Folder, FolderError, Record, check_verify, locked
 from .world import SoloWorld, World
 
@@ -29,33 +31,16 @@ MOST = 10_000_000  # images
 STALL = 1800.0  # seconds in which a rank must begin a model call
 
 
-@dataclass(frozen=True)
-class Task:
-    """Image `index`: its prompt and the seed of its noise."""
+class FailedImages(RunError):
+    """Some chunks could not be painted; all others are made and kept.
 
-    index: int
-    prompt: str
-    seed: int
-
-    def generator(self) -> torch.Generator:
-        """Its own source of noise, on the CPU on every device, so that its noise depends on nothing else."""
-        return torch.Generator("cpu").manual_seed(self.seed)
-
-
-@dataclass(frozen=True)
-class Painted:
-    """What was made for a chunk.
-
-    Args:
-        images: (B, H, W, 3) float in [0, 1]; (B, H, W, 1) is grey.
-        calls: model calls that each of them took, counted.
+    Attributes:
+        images: indexes of the images that are missing for it.
     """
 
-    images: np.ndarray
-    calls: int
-
-
-Paint = Callable[[Sequence[Task]], Painted]
+    def __init__(self, message: str, images: Sequence[int]) -> None:
+        super().__init__(message)
+        self.images = list(images)
 
 
 @dataclass(frozen=True)
@@ -152,6 +137,9 @@ def generate(
 ) -> Report:
     """Fill `out` with the images of `tasks`; those that are there already are not made again.
 
+    A chunk that `paint` fails at is noted in the folder, and the others are made; the next run tries it again. As
+    long as the folder has no image, such an error ends the run at once: it is most likely wrong for every chunk.
+
     Args:
         paint: makes the images of one chunk; called in every process with different chunks.
         tasks: all images, the same list in every process.
@@ -167,7 +155,8 @@ def generate(
 
     Raises:
         FolderError: the folder cannot be used, or belongs to another recipe.
-        RunError: a chunk failed; the message names it.
+        FailedImages: chunks failed, after everything else was made; the message names them. In every process.
+        ChunkError: a chunk failed before the first image; the message names it.
         WorldError: another rank failed or vanished.
     """
     world = world or SoloWorld()
@@ -178,7 +167,7 @@ def generate(
     same_on_all(world, "recipe", whole)
     folder = Folder(out)
     if world.rank != 0:
-        return _work(folder, paint, chunks, scheduler, world, whole, None)
+        return _work(folder, paint, chunks, scheduler, world, None)
     with locked(folder):
         try:
             notes = folder.begin(whole, environment or {})
@@ -188,9 +177,11 @@ def generate(
             print("generate: not the environment that this folder was begun in:", *notes, sep="\n", file=sys.stderr)
         folder.sweep()
         kept = {i: r for i, r in folder.records().items() if folder.good(r, check_verify(verify))}
+        failed = folder.failures()
         folder.merge(kept)
         todo = [k for k, chunk in enumerate(chunks) if any(t.index not in kept for t in chunk)]
-        return _work(folder, paint, chunks, scheduler, world, whole, todo, progress)
+        todo.sort(key=lambda k: k in failed)  # last: some failures end the process that meets them
+        return _work(folder, paint, chunks, scheduler, world, todo, progress)
 
 
 def _first_other(folder: Folder, tasks: Sequence[Task]) -> str:
@@ -211,7 +202,6 @@ def _work(
     chunks: Sequence[Sequence[Task]],
     scheduler: str,
     world: World,
-    recipe: Mapping[str, Any],
     todo: list[int] | None,
     progress: bool = False,
 ) -> Report:
@@ -222,82 +212,76 @@ def _work(
         raise FolderError(f"rank {world.rank} does not see {folder.manifest}: all processes need one shared folder")
     missing = sum(len(chunks[k]) for k in start["todo"])
     total, began = sum(map(len, chunks)), time.monotonic()
+    images, failures = (f"{what} of {start['run']}" for what in ("images", "failures"))
+
+    def tell(made: int = 0, failed: int = 0) -> int:
+        """Add to what all ranks have made and failed at; images that are there."""
+        there = total - missing + world.add(images, made)
+        show(there, world.add(failures, failed))
+        return there
+
     with folder.part(start["run"], world.rank) as part, _bar(total, total - missing, progress) as show:
         # dealt by position among what is left: every rank gets its share of a resumed run too
         for k in start["todo"][world.rank :: world.size]:
             world.check()
-            part.write(_chunk(folder, paint, chunks[k], k, scheduler))
-            show(world.add("images", len(chunks[k])))
-        world.gather("last image", b"", timeout=None, stall=STALL, tick=lambda: show(world.add("images", 0)))
-        show(world.add("images", 0))
-    seconds = time.monotonic() - began
-    report = None
+            try:
+                made, seconds = painted(paint, chunks[k], k)
+            except ChunkError as error:
+                if not tell():  # no image yet: this is most likely wrong for every chunk
+                    raise
+                part.write([{"chunk": k, "images": [t.index for t in chunks[k]], "error": str(error)}])
+                if not usable(world.device):
+                    raise
+                tell(failed=len(chunks[k]))
+            else:
+                part.write(saved(folder, made, chunks[k], scheduler, seconds))
+                tell(made=len(chunks[k]))
+        world.gather("last image", b"", timeout=None, stall=STALL, tick=tell)
+        tell()
+    found = None
     if world.rank == 0:
-        report = json.dumps(asdict(_finish(folder, total, missing, seconds, world.size))).encode()
-    return Report(**json.loads(world.broadcast("report", report, timeout=None)))
+        found = json.dumps(_finish(folder, total, missing, time.monotonic() - began, world.size)).encode()
+    ended = json.loads(world.broadcast("report", found, timeout=None))
+    if "failed" in ended:
+        raise FailedImages(ended["message"], ended["failed"])
+    return Report(**ended)
 
 
-def _chunk(folder: Folder, paint: Paint, tasks: Sequence[Task], number: int, scheduler: str) -> list[Record]:
-    """Make and save the images of one chunk; their lines."""
-    start = time.perf_counter()
-    try:
-        painted = paint(tasks)
-    except DiffaccelError:
-        raise
-    except Exception as error:
-        raise _explained(error, tasks, number) from error
-    images = np.asarray(painted.images)
-    if images.ndim != 4 or len(images) != len(tasks) or images.shape[-1] not in (1, 3):
-        raise RunError(f"chunk {number}: expected ({len(tasks)}, H, W, 3) images, got shape {images.shape}")
-    seconds = (time.perf_counter() - start) / len(tasks)
-    found = []
-    for task, image in zip(tasks, images, strict=True):
-        pixels, flaw = to_pixels(image)
-        saved = folder.save(task.index, pixels)
-        found.append(
-            {"index": task.index, "prompt": task.prompt, "seed": task.seed, "scheduler": scheduler}
-            | {"calls": painted.calls, "seconds": round(seconds, 6), "flaw": flaw, **saved}
-        )
-    return found
-
-
-def to_pixels(image: np.ndarray) -> tuple[np.ndarray, str | None]:
-    """(H, W, 1 or 3) float in [0, 1] to ((H, W, 3) uint8, flaw): "nan" if it holds a NaN, "black" if all is zero."""
-    bad = not np.isfinite(image).all()
-    image = np.nan_to_num(image, nan=0.0, posinf=1.0, neginf=0.0)
-    pixels = (image.clip(0, 1) * 255).round().astype(np.uint8)
-    flaw = "nan" if bad else None if pixels.any() else "black"
-    return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy(), flaw
-
-
-def _explained(error: Exception, tasks: Sequence[Task], number: int) -> RunError:
-    first, last = tasks[0], tasks[-1]
-    where = f"chunk {number} (images {first.index} to {last.index}; first prompt {first.prompt!r}, seed {first.seed})"
-    lines = str(error).strip().splitlines() or [""]
-    advice = ""
-    if isinstance(error, torch.OutOfMemoryError):
-        advice = ". Use a smaller --batch and a new --out: the batch size changes images by rounding"
-    return RunError(f"{where}: {type(error).__name__}: {lines[0]}{advice}")
-
-
-def _finish(folder: Folder, total: int, made: int, seconds: float, processes: int) -> Report:
-    """Merge the lines of all processes into one file."""
+def _finish(folder: Folder, total: int, made: int, seconds: float, processes: int) -> dict[str, Any]:
+    """Merge the lines of all processes into one file; the report, or what failed."""
     end = time.monotonic() + 10  # shared file systems show other machines' files a little later
-    while len(records := folder.records()) < total and time.monotonic() < end:
+    while (lost := _without_a_line(folder, total)) and time.monotonic() < end:
         time.sleep(0.2)
-    if len(records) < total:
+    if lost:
         raise FolderError(
-            f"{folder.root}: {total - len(records)} of {total} images have no line although every process finished; "
+            f"{folder.root}: {len(lost)} of {total} images have no line although every process finished; "
             "the folder is not shared by all of them, or was changed. Run the same command again"
         )
-    folder.merge(records)
+    records, failures = folder.records(), folder.failures()
+    folder.merge(records, failures)
     folder.end()
+    if failures:
+        failed = [i for i in range(total) if i not in records]
+        return {"failed": failed, "message": _failure(folder, total, failed, failures)}
     flaws = {kind: [i for i, r in sorted(records.items()) if r.get("flaw") == kind] for kind in ("nan", "black")}
-    return Report(len(records), made, seconds, processes, flaws["nan"], flaws["black"])
+    return asdict(Report(len(records), made, seconds, processes, flaws["nan"], flaws["black"]))
+
+
+def _without_a_line(folder: Folder, total: int) -> list[int]:
+    known = set(folder.records()).union(*(f["images"] for f in folder.failures().values()))
+    return [i for i in range(total) if i not in known]
+
+
+def _failure(folder: Folder, total: int, failed: Sequence[int], failures: Mapping[int, Record], most: int = 10) -> str:
+    shown = [f"  {failures[k]['error']}" for k in sorted(failures)[:most]]
+    more = [f"  and {len(failures) - most} chunks more, see {folder.failed}"] if len(failures) > most else []
+    first = f"{folder.root}: {len(failed)} of {total} images failed; the other {total - len(failed)} are there:"
+    return "\n".join([first, *shown, *more, "Run the same command again to try the failed ones again."])
 
 
 def status(out: str | Path, *, verify: str = "fast") -> dict[str, Any]:
-    """What is in a folder: {"images", "done", "missing", "damaged", "nan", "black"}, the last four lists of indexes.
+    """What is in a folder: {"images", "done", "missing", "failed", "damaged", "nan", "black"}, all but the first two
+    lists of indexes. `failed` are those of `missing` that the last run could not paint.
 
     Raises:
         FolderError: no folder of `generate`.
@@ -308,26 +292,30 @@ def status(out: str | Path, *, verify: str = "fast") -> dict[str, Any]:
     damaged = sorted(i for i, r in records.items() if not folder.good(r, check_verify(verify)))
     flaws = {kind: sorted(i for i, r in records.items() if r.get("flaw") == kind) for kind in ("nan", "black")}
     missing = [i for i in range(count) if i not in records]
+    failed = {i for f in folder.failures().values() for i in f["images"]}
     return {
         "images": count,
         "done": count - len(missing) - len(damaged),
         "missing": missing,
+        "failed": [i for i in missing if i in failed],
         "damaged": damaged,
     } | flaws
 
 
 # ---------------------------------------------------------------------- progress
 @contextmanager
-def _bar(total: int, before: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A bar over all images; what it yields is told how many this run has made, in all processes."""
+def _bar(total: int, before: int, show: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar over all images; what it yields is told how many are there, and how many failed in this run."""
     if not show:
-        yield lambda made: None
+        yield lambda there, failed: None
         return
     from tqdm import tqdm
 
     with tqdm(total=total, initial=before, unit="image", desc="generate") as bar:
 
-        def update(made: int) -> None:
-            bar.update(before + made - bar.n)
+        def update(there: int, failed: int) -> None:
+            if failed:
+                bar.set_postfix(failed=failed, refresh=False)
+            bar.update(there - bar.n)
 
         yield update

@@ -226,6 +226,11 @@ def advance(
 
 
 def _drawn(x: torch.Tensor, generator: Any) -> torch.Tensor:
+    if isinstance(generator, list) and 2 * len(generator) == len(x):
+        # The pipeline of DiT hands over guidance's pair of each image and goes on with the first half: with the same
+        # noise in both, an image is that of its generator, whatever else is in the batch.
+        half = _drawn(x[: len(generator)], generator)
+        return torch.cat([half, half])
     if isinstance(generator, list) and len(generator) not in (1, len(x)):
         raise RunError(f"step was given {len(generator)} generators for a batch of {len(x)}; pass one for each image")
     return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)

@@ -11,8 +11,19 @@ import pytest
 import torch
 
 from diffaccel.errors import OptionError, RunError
+from diffaccel.parallel.chunk import ChunkError, usable
 from diffaccel.parallel.folder import Folder, FolderError, locked
-from diffaccel.parallel.generate import MOST, Painted, generate, parse_seeds, status, tasks_for, to_pixels
+from diffaccel.parallel.generate import (
+    MOST,
+    FailedImages,
+    Painted,
+    generate,
+    parse_seeds,
+    status,
+    tasks_for,
+    to_pixels,
+)
+from diffaccel.parallel.world import WorldError
 
 TASKS = tasks_for([f"prompt {i}" for i in range(10)])
 
@@ -87,15 +98,73 @@ def test_changed_pixels_are_found_by_a_full_look(tmp_path):
         status(tmp_path, verify="hard")
 
 
-def test_a_failed_chunk_is_named_and_the_rest_is_kept(tmp_path):
-    with pytest.raises(
-        RunError, match=r"chunk 2 \(images 6 to 8; first prompt 'prompt 6', seed 6\): ValueError: no such"
-    ):
-        run(tmp_path, Paint(fail_at=7))
-    assert status(tmp_path)["done"] == 6
+def test_a_failed_chunk_fails_alone_and_is_tried_again(tmp_path):
+    run(tmp_path / "whole")
+    paint = Paint(fail_at=4)
+    with pytest.raises(FailedImages) as error:
+        run(tmp_path / "a", paint)
+    assert paint.made == [0, 1, 2, 6, 7, 8, 9] and error.value.images == [3, 4, 5]
+    assert "3 of 10 images failed; the other 7 are there" in str(error.value)
+    assert "chunk 1 (images 3 to 5; first prompt 'prompt 3', seed 3): ValueError: no such colour\n" in str(error.value)
+    line = json.loads((tmp_path / "a" / "failed.jsonl").read_text())
+    assert line["chunk"] == 1 and line["images"] == [3, 4, 5] and "no such colour" in line["error"]
+    found = status(tmp_path / "a")
+    assert found["done"] == 7 and found["missing"] == found["failed"] == [3, 4, 5]
+    with pytest.raises(FailedImages):  # also where nothing else is left to do
+        run(tmp_path / "a", Paint(fail_at=4))
     paint = Paint()
-    run(tmp_path, paint)
-    assert paint.made == [6, 7, 8, 9]
+    run(tmp_path / "a", paint)
+    assert paint.made == [3, 4, 5] and files(tmp_path / "a") == files(tmp_path / "whole")
+    assert status(tmp_path / "a")["failed"] == [] and not (tmp_path / "a" / "failed.jsonl").exists()
+
+
+def test_an_error_before_the_first_image_ends_the_run(tmp_path):
+    paint = Paint(fail_at=1)
+    with pytest.raises(ChunkError, match=r"chunk 0 \(images 0 to 2; first prompt 'prompt 0', seed 0\): ValueError: no"):
+        run(tmp_path, paint)
+    assert paint.made == [] and not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), WorldError("rank 1 failed")], ids=repr)
+def test_what_concerns_the_whole_run_ends_it(tmp_path, error):
+    paint = Paint(fail_at=4, error=error)
+    with pytest.raises(type(error)):
+        run(tmp_path, paint)
+    assert paint.made == [0, 1, 2] and status(tmp_path)["failed"] == []
+
+
+def test_a_device_that_computes_no_more_ends_the_run_and_comes_last_in_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffaccel.parallel.generate.usable", lambda device: False)
+    first, second = Paint(fail_at=4), Paint(fail_at=4)
+    for paint in (first, second):
+        with pytest.raises(ChunkError, match="no such colour"):
+            run(tmp_path, paint)
+        assert status(tmp_path)["failed"] == [3, 4, 5]
+    assert (first.made, second.made) == ([0, 1, 2], [6, 7, 8, 9])
+
+
+def test_a_device_is_asked_whether_it_still_computes(monkeypatch):
+    asked = []
+
+    def synchronize(device):
+        asked.append(device)
+        if len(asked) > 1:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
+    assert [usable(torch.device(d)) for d in ("cpu", "cuda:1", "cuda:1")] == [True, True, False]
+    assert asked == [torch.device("cuda:1")] * 2
+
+
+def test_a_list_of_failures_has_an_end(tmp_path):
+    def paint(tasks):
+        if tasks[0].index:
+            raise ValueError("broken")
+        return Paint()(tasks)
+
+    with pytest.raises(FailedImages, match=r"29 of 30 images failed") as error:
+        run(tmp_path, paint, tasks=tasks_for([f"prompt {i}" for i in range(30)]), batch=1)
+    assert str(error.value).count("broken") == 10 and "and 19 chunks more, see" in str(error.value)
 
 
 def test_memory_advice(tmp_path):

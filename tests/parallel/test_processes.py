@@ -59,6 +59,29 @@ def test_killed_and_resumed_by_another_number_of_processes(codes, work):
     assert contents(work / "broken2") == undisturbed
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_outlives_the_other_says_so_once_and_leaves_what_can_be_resumed(codes, work, victim):
+    found = codes[f"without{victim}"]
+    assert found["codes"][victim] == -9 and found["codes"][1 - victim] == 2, found
+    assert found["text"].count("diffaccel: rank") == 1 and "Traceback" not in found["text"], found["text"]
+    why = "lost the store" if victim == 0 else "for rank 1 (last image); rank 1 was last alive"
+    assert why in found["text"] and 5 <= found["left"] < 20, found
+    assert found["resumed"] == [0, 0, 0], (work / f"without{victim}.log").read_text()
+    assert contents(work / f"without{victim}") == contents(work / "w1")
+
+
+def test_a_failing_chunk_is_listed_once_and_the_rest_is_made(codes, work):
+    """By two processes, and once more by one, which finds nothing else left to do."""
+    assert codes["failing2"] == [3, 3] and codes["failing1"] == [3], (work / "failing2.log").read_text()
+    for size in (1, 2):
+        text = (work / f"failing{size}.log").read_text()
+        assert text.count("1 of 6 images failed; the other 5 are there") == 1 and "Traceback" not in text, text
+        assert "chunk 3 (images 3 to 3; first prompt '5000', seed 3): IndexError" in text
+    found = contents(work / "failing")
+    assert [json.loads(line)["images"] for line in found["failed.jsonl"].splitlines()] == [[3]]
+    assert len(found) == 5 + 3  # images, recipe, lines, failures
+
+
 def test_another_recipe_is_refused_once_and_changes_nothing(codes, work):
     assert codes["stranger"] == [2, 2]
     text = (work / "w2.log").read_text()

@@ -42,8 +42,17 @@ def test_a_rank_that_fails_ends_all_with_one_error(runs, scenario, rank):
     found = runs[scenario]
     assert set(found["codes"]) == {2}, found["text"]
     reports = [line for line in found["text"].splitlines() if line.startswith("REPORT")]  # torch writes there too
-    assert reports == [f"REPORT rank {rank}: the model broke"], found["text"]
+    assert reports == [f"REPORT rank {rank}: the disk is full"], found["text"]
     assert found["seconds"] < 30
+
+
+def test_what_one_rank_cannot_paint_is_said_by_all_when_the_rest_is_made(runs):
+    """In Python each rank raises; who ends the world with the error says it once."""
+    found = runs["fails"]
+    assert found["codes"] == [2, 2, 2], found["text"]
+    reports = [line for line in found["text"].splitlines() if line.startswith("REPORT")]
+    assert len(reports) == 1 and "2 of 40 images failed; the other 38 are there" in reports[0], found["text"]
+    assert "chunk 16 (images 32 to 33; first prompt 'p32', seed 32): the model broke" in reports[0]
 
 
 def test_a_rank_that_is_killed_ends_all_with_one_error(runs):

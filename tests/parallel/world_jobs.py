@@ -16,6 +16,7 @@ from ranks import say, timed
 import diffaccel.parallel.generate
 from diffaccel.errors import RunError
 from diffaccel.parallel.agree import same_on_all
+from diffaccel.parallel.folder import Folder, FolderError
 from diffaccel.parallel.generate import Painted, generate, tasks_for
 from diffaccel.parallel.world import WorldError, open_world
 
@@ -77,13 +78,22 @@ def _paint_then(act) -> int:
     return 0
 
 
+def _full(folder, index, pixels):
+    raise FolderError("the disk is full")
+
+
 def raises(world, tasks) -> None:
     if world.rank == 1 and tasks[0].index > 8:
-        raise RunError("the model broke")
+        Folder.save = _full
 
 
 def host_raises(world, tasks) -> None:
     if world.rank == 0 and tasks[0].index > 8:
+        Folder.save = _full
+
+
+def fails(world, tasks) -> None:
+    if world.rank == 1 and tasks[0].index == 32:
         raise RunError("the model broke")
 
 
@@ -104,6 +114,7 @@ print(
             "disagree": timed(3, disagree, WORK / "disagree.log"),
             "raises": timed(3, lambda: _paint_then(raises), WORK / "raises.log"),
             "host_raises": timed(2, lambda: _paint_then(host_raises), WORK / "host_raises.log"),
+            "fails": timed(3, lambda: _paint_then(fails), WORK / "fails.log"),
             "dies": timed(3, lambda: _paint_then(dies), WORK / "dies.log"),
             "hangs": timed(2, lambda: _paint_then(hangs), WORK / "hangs.log"),
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from scheduler_runs import PATHS, SD, generator, loop, make, model, noise
@@ -173,6 +174,26 @@ def test_generators_must_fit_the_batch():
     scheduler.set_timesteps(3)
     with pytest.raises(RunError, match="2 generators for a batch of 3"):
         scheduler.step(X, scheduler.timesteps[0], X, generator=[generator(0), generator(1)])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_generators_of_images_where_the_pipeline_steps_pairs(guidance):
+    """DiT with guidance hands `step` twice as many samples as images: each image has its own generator's noise."""
+    pipe = build("dit")
+    pipe.scheduler = TableScheduler.from_config(pipe.scheduler.config, sampler="ddpm")
+
+    def made(labels, seeds):
+        pipe.scheduler.generator = [generator(s) for s in seeds]
+        given = {"num_inference_steps": 4, "guidance_scale": guidance, "output_type": "np"}
+        return pipe(labels, generator=[generator(s) for s in seeds], **given).images
+
+    both = made([1, 2], [5, 6])
+    assert np.abs(both[1:] - made([2], [6])).max() < 1e-5  # the batch size rounds
+    other = made([1, 2], [5, 7])
+    assert np.array_equal(both[0], other[0]) and not np.array_equal(both[1], other[1])
+    pipe.scheduler.generator = [generator(s) for s in range(3)]
+    with pytest.raises(RunError, match="3 generators for a batch of"):
+        pipe([1, 2], num_inference_steps=4, guidance_scale=guidance, output_type="np")
 
 
 def test_from_config_returns_unused_arguments_as_diffusers_does():
