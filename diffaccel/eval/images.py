@@ -6,6 +6,7 @@ decides about a pixel is here or in `pixels.py`.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import zipfile
@@ -72,6 +73,18 @@ class Images:
             return self[i]
         except ImageError as error:
             return error
+
+    def digest(self) -> str:
+        """SHA-256 of the content: of the bytes of files, else of the pixels."""
+        found = hashlib.sha256(repr((len(self), self._alpha, self.skipped)).encode())
+        for i, name in enumerate(self.names):
+            item = self._item(i)
+            if isinstance(item, io.BytesIO):
+                data = item.getvalue()
+            else:
+                data = Path(item).read_bytes() if isinstance(item, (str, Path)) else self[i].tobytes()
+            found.update(f"{PurePosixPath(name).suffix} {len(data)} ".encode() + data)
+        return found.hexdigest()
 
     def batches(self, size: int = 64, workers: int = 0) -> Iterator[list[np.ndarray]]:
         """All images in order, `size` at a time, decoded by `workers` threads (0: in this one). If one cannot be read,
