@@ -19,8 +19,8 @@ import torch
 Array = np.ndarray | torch.Tensor
 
 # A jackknife of K groups leaves of the bias, as a part of what it removes, at most about _NEXT K/(K - 1) d/N: the next
-# term of the series in d/N. Measured with d = 32 and 128, N/d from 2 to 8, spectra that fall as 1/k or slower: about .13
-# to .2 for laws that differ in spread, less for shifted ones. Where it falls faster, both are small against the noise.
+# term of the series in d/N. Measured with d = 32 and 128, N/d from 2 to 8, spectra that fall as 1/k or slower: about .2
+# or less (.16 for most laws). Where the spectrum falls faster, both are small against the noise.
 _NEXT = 0.2
 _Z95 = 1.959963984540054
 
