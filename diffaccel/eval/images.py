@@ -78,11 +78,12 @@ class Images:
         """SHA-256 of the content: of the bytes of files, else of the pixels."""
         found = hashlib.sha256(repr((len(self), self._alpha, self.skipped)).encode())
         for i, name in enumerate(self.names):
-            item = self._item(i)
-            if isinstance(item, io.BytesIO):
-                data = item.getvalue()
-            else:
-                data = Path(item).read_bytes() if isinstance(item, (str, Path)) else self[i].tobytes()
+            try:
+                item = self._item(i)
+                file = Path(item).read_bytes() if isinstance(item, (str, Path)) else None
+                data = item.getvalue() if isinstance(item, io.BytesIO) else file or self[i].tobytes()
+            except _BROKEN as error:
+                raise error if isinstance(error, ImageError) else ImageError(f"{name} of {self.id}: {error}") from None
             found.update(f"{PurePosixPath(name).suffix} {len(data)} ".encode() + data)
         return found.hexdigest()
 

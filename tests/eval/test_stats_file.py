@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffaccel.errors import OptionError
 from diffaccel.eval import fid, kid, open_images, stats, stats_file
+from diffaccel.eval.pixels import ImageError
 from diffaccel.eval.stats_file import Stats
 
 X, Y = coloured(40, 1), coloured(50, 2, shift=10)
@@ -66,6 +67,8 @@ def test_a_digest_is_of_the_content(tmp_path: Path) -> None:
             Image.fromarray(x).save(tmp_path / name / f"{i}.png")
     a, b, c = (open_images(tmp_path / name).digest() for name in "abc")
     assert a == b != c
+    with pytest.raises(ImageError, match=r"absent\.png of list of 1: .*No such file"):
+        open_images([tmp_path / "absent.png"]).digest()
     assert open_images(X).digest() == open_images(list(X)).digest() != open_images(Y[:40]).digest()
     mu, sigma = moments(X)
     near = [Stats("s", "pooled", 40, moments=(mu, s)) for s in (sigma, sigma, 2 * sigma)]
