@@ -90,6 +90,18 @@ def test_teleport(tmp_path):
     assert "skip_to:" in done.stdout and "teleport: 3 model calls from sigma/alpha = 8" in done.stdout
 
 
+def test_evaluate_fid(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "evaluate_fid.py")]
+    small = [*command, "--images", "8", "--calls", "2"]
+    done = subprocess.run(small, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "KID x1000" in done.stdout and "CLIP score" in done.stdout
+    assert "too few images: 8 for 128 features, 256 needed" in done.stdout
+    for more in (["--a", str(tmp_path / "absent")], ["--b", str(tmp_path / "absent")]):
+        done = subprocess.run([*small, *more], capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and done.stderr.strip().startswith("evaluate_fid: no file or folder")
+
+
 def test_multi_gpu_in_one_process(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "multi_gpu.py"), "--cpu", "--calls", "2"]
     done = subprocess.run([*command, "--out", str(tmp_path / "x.png")], capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..errors import OptionError, no_leftover, one_of
+from ..errors import no_leftover, one_of
 from ..prompts import read_prompts
 from .features import canonical, clip_features, clip_model, extract, projected
 from .images import Images, open_images
@@ -18,7 +18,7 @@ from .score import Score, interval
 
 DEFAULT = "openai/clip-vit-base-patch16"
 HESSEL_PREFIX = "A photo depicts "
-_READING = ("alpha", "batch", "device", "workers", "expected", "progress")
+_READING = ("alpha", "unreadable", "batch", "device", "workers", "expected", "progress")
 
 
 def pair_scores(image: torch.Tensor, text: torch.Tensor, variant: str = "cosine") -> torch.Tensor:
@@ -81,13 +81,13 @@ def clip_score(
     "tiny-clip" (embedded), or (CLIPModel, CLIPProcessor); values of different models are not comparable. variant:
     "cosine" (100 cos) or "hessel" (2.5 max(cos, 0), prompts prefixed with "A photo depicts "). details: R-precision
     against so many other prompts (it does not saturate, as the score does), truncated and empty prompts.
-    reading: alpha, batch, device, workers, expected (default: one image a prompt), progress.
+    reading: alpha, unreadable ("skip": the others keep their prompts), batch, device, workers, expected (default: one
+    image a prompt), progress.
     """
     one_of("variant", variant, ("cosine", "hessel"))
     no_leftover("clip_score", reading, _READING)
-    source = open_images(images, alpha=reading.pop("alpha", None), expected=reading.get("expected"))
-    if source.skipped:
-        raise OptionError(f"{source.id}: images were skipped, so it is not known which prompt belongs to which image")
+    opening = {k: reading.pop(k) for k in ("alpha", "unreadable") if k in reading}
+    source = open_images(images, expected=reading.get("expected"), **opening)
     given = read_prompts(prompts)
     net, processor = clip_model(model) if isinstance(model, str) else model
     id = canonical(f"clip:{model if isinstance(model, str) else getattr(net, 'name_or_path', '') or 'given model'}")

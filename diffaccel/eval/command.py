@@ -42,7 +42,7 @@ def add(commands: Commands) -> Commands:
     clip.add_argument("prompts", metavar="PROMPTS", help=".txt, .csv, .tsv, .json or .jsonl")
     clip.add_argument("--model", help="hub id, folder, or tiny-clip (default openai/clip-vit-base-patch16)")
     clip.add_argument("--variant", default="cosine", help="cosine (100 cos) or hessel")
-    _reading_options(clip, skip=False)
+    _reading_options(clip)
     clip.set_defaults(run=_clip)
     stats = metrics.add_parser("stats", help="write statistics of images, to compare with later")
     stats.add_argument("images", metavar="DIR", help="folder, zip, .npz or .npy of images")
@@ -65,14 +65,13 @@ def _feature_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", help="file of Inception weights (default $DIFFACCEL_INCEPTION)")
 
 
-def _reading_options(parser: argparse.ArgumentParser, skip: bool = True, score: bool = True) -> None:
+def _reading_options(parser: argparse.ArgumentParser, score: bool = True) -> None:
     parser.add_argument("--alpha", help="what transparent pixels show: white, black, drop (default: an error)")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=0, help="threads that decode images (default 0)")
     parser.add_argument("--expected", type=int, help="how many images there should be; fewer is a warning")
-    if skip:
-        parser.add_argument("--unreadable", default="error", help="error, or skip: leave such files out and say so")
+    parser.add_argument("--unreadable", default="error", help="error, or skip: leave such files out and say so")
     if score:
         parser.add_argument("--json", help="also write the score to this file")
 
@@ -91,7 +90,10 @@ def _check_json(path: str | None) -> None:
 def _show(score: Score, path: str | None) -> int:
     print(score)
     if path:
-        Path(path).write_text(json.dumps(score.to_dict(), indent=1) + "\n", encoding="utf-8")
+        try:
+            Path(path).write_text(json.dumps(score.to_dict(), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OptionError(f"cannot write --json {path}: {error.strerror or error}") from None
     return 0
 
 

@@ -13,7 +13,7 @@ from .score import Score, interval
 from .stats_file import GIVEN, Stats, pair, remarks
 
 _POINTS = 15  # sizes of FID_infinity
-_ENOUGH = 2  # images a feature below which neither correction nor interval hold: they see too few directions
+_SAME = 1e-6  # of the trace: a FID of this size is that of the same images
 
 
 def label(metric: str, features: str) -> str:
@@ -44,8 +44,10 @@ def fid(
       with papers that print it. groups: K of the jackknife.
     reading: alpha, unreadable, batch, device, workers, expected, progress.
     The interval is 95 %, by the influence function; with features on both sides it covers the sampling of both, with
-    statistics as reference these count as exact. Never a bootstrap: it would add the whole bias once more. There is
-    none (NaN, with a warning) for fewer than two images a feature, where it does not hold.
+    statistics as reference these count as exact. Never a bootstrap: it would add the whole bias once more. It is
+    longer by what the correction may leave of the bias (see `frechet.correct`), which is much for few images. There is
+    none (NaN, with a warning) where it does not hold: for fewer than two images a feature, and where the corrected
+    value, which may be negative and is given as it is, is below zero beyond it.
     """
     if paper and extrapolate:
         raise OptionError("paper=True and extrapolate=True contradict each other: one is the plain value")
@@ -55,20 +57,22 @@ def fid(
     if right.values is None:
         many = "an unknown number of" if right.n is None else str(right.n)
         notes.append(f"{right.name}: statistics of {many} images, taken as exact; the bias that it has itself stays")
-    value, how = raw, "plain"
+    value, how, bias = raw, "plain", 0.0
     if extrapolate:
         value, how = _infinity(left, right), f"FID_infinity, {_POINTS} sizes"
         notes.append("the interval leaves out the noise of the extrapolation itself")
     elif not paper:
-        value, how = _corrected(left, right, groups, raw, warnings)
-    low, high = interval(value, _standard_error(left, right))
-    if not extrapolate and high < -1e-9 * float(left.gaussian.trace):
-        value, how, low, high = raw, "plain", float("nan"), float("nan")
-        warnings.append("the corrected value is below zero beyond its interval: do both sides hold the same images?")
-    few = _few(left, right)
-    if few:
+        value, how, bias = _corrected(left, right, groups, raw, warnings)
+    low, high = interval(value, frechet.widened(_standard_error(left, right), bias))
+    doubts = _few(left, right)
+    if raw < _SAME * float(left.gaussian.trace):
+        value, how = raw, "plain"
+        doubts.append("both sides have the same statistics: do they hold the same images?")
+    elif high < 0:
+        doubts.append("the value is below zero beyond its interval: do the two sides share images?")
+    if doubts:
         low = high = float("nan")
-        warnings += few
+        warnings += doubts
     return Score(
         value,
         low,
@@ -84,29 +88,28 @@ def fid(
     )
 
 
-def _corrected(a: Stats, b: Stats, groups: int | None, raw: float, warnings: list[str]) -> tuple[float, str]:
-    """Jackknife over the side(s) with features."""
+def _corrected(a: Stats, b: Stats, groups: int | None, raw: float, warnings: list[str]) -> tuple[float, str, float]:
+    """Jackknife over the side(s) with features: (value, how, what may be left of the bias)."""
     x, y = (a, b) if a.values is not None else (b, a)
     if x.values is None:
         warnings.append("both sides are statistics: no bias correction and no interval")
-        return raw, "plain"
-    other: Any = y.gaussian if y.values is None else y.values
+        return raw, "plain", 0.0
     few = len(x.values) if y.values is None else min(len(x.values), len(y.values))
-    k = groups or (10 if x.values.shape[1] <= 256 and few >= 20 else 2)
+    k = groups or frechet.groups_for(x.width, few)
     if few < 2 * k:
         warnings.append(f"{few} images are too few for a jackknife of {k} groups: the bias is not corrected")
-        return raw, "plain"
-    return frechet.jackknife(x.values, other, k), f"jackknife, {k} groups"
+        return raw, "plain", 0.0
+    value, left = frechet.correct(x.values, y.gaussian if y.values is None else y.values, k)
+    return value, f"jackknife, {k} groups", left
 
 
 def _few(a: Stats, b: Stats) -> list[str]:
     """A warning for each side with too few images."""
-    d = len(a.gaussian.mean)
     return [
-        f"{side.name}: {side.n} images for {d} features: bias dominates this number, corrected or not, and no interval "
-        f"holds; give {_ENOUGH * d} images or more, or use KID, which has no bias"
+        f"{side.name}: {text}: bias dominates this number, corrected or not, and no interval holds; give more images, "
+        "or use KID, which has no bias"
         for side in (a, b)
-        if side.n is not None and side.n < _ENOUGH * d
+        if (text := frechet.too_few(side.n, a.width))
     ]
 
 
@@ -138,9 +141,10 @@ def _infinity(a: Stats, b: Stats) -> float:
 def fid_difference(
     a: Any, b: Any, reference: Any, *, features: Any = None, weights: Any = None, **reading: Any
 ) -> frechet.Difference:
-    """FID(a) - FID(b) of images that share seeds and prompts, with its standard error and z.
+    """FID(a) - FID(b) of images that share seeds and prompts, both corrected for bias, with its standard error and z.
 
-    The paired influence values see what two intervals cannot: most of the sampling noise is common and cancels.
+    The paired influence values see what two intervals cannot: most of the sampling noise is common and cancels. For too
+    few images no interval holds (see `fid`): the plain difference, NaN for the others, and why in `warnings`.
     """
     left, right = pair(a, reference, features, weights, reading)
     other, _ = pair(b, right, features, weights, reading)

@@ -6,6 +6,7 @@ decides about a pixel is here or in `pixels.py`.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import zipfile
@@ -72,6 +73,19 @@ class Images:
             return self[i]
         except ImageError as error:
             return error
+
+    def digest(self) -> str:
+        """SHA-256 of the content: of the bytes of files, else of the pixels."""
+        found = hashlib.sha256(repr((len(self), self._alpha, self.skipped)).encode())
+        for i, name in enumerate(self.names):
+            try:
+                item = self._item(i)
+                file = Path(item).read_bytes() if isinstance(item, (str, Path)) else None
+                data = item.getvalue() if isinstance(item, io.BytesIO) else file or self[i].tobytes()
+            except _BROKEN as error:
+                raise error if isinstance(error, ImageError) else ImageError(f"{name} of {self.id}: {error}") from None
+            found.update(f"{PurePosixPath(name).suffix} {len(data)} ".encode() + data)
+        return found.hexdigest()
 
     def batches(self, size: int = 64, workers: int = 0) -> Iterator[list[np.ndarray]]:
         """All images in order, `size` at a time, decoded by `workers` threads (0: in this one). If one cannot be read,

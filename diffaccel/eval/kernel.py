@@ -58,8 +58,10 @@ def mmd(x: Any, y: Any, kernel: Kernel = polynomial, block: int = 1000) -> Discr
     """
     x, y = (torch.as_tensor(z).to("cpu", torch.float64) for z in (x, y))
     n, m = len(x), len(y)
-    if min(n, m) < 2 or x.shape[1:] != y.shape[1:]:
+    if x.shape[1:] != y.shape[1:]:
         raise OptionError(f"an MMD needs two feature sets of one width, got {tuple(x.shape)} and {tuple(y.shape)}")
+    if min(n, m) < 2:
+        raise OptionError(f"KID and CMMD need at least 2 images on each side, got {n} and {m}")
     if not bool(torch.isfinite(x).all() and torch.isfinite(y).all()):
         raise OptionError("an MMD needs finite features; these contain NaN or infinity: is the feature network whole?")
     xx, yy = _sums(x, x, kernel, block)[0], _sums(y, y, kernel, block)[0]
@@ -100,6 +102,9 @@ def kid(
     over so many random subsets of subset_size, as torch-fidelity prints it; the interval is still that of all pairs,
     since the spread over subsets is no standard error of anything.
     """
+    for what, least, given in (("subsets", 1, subsets), ("subset_size", 2, subset_size)):
+        if given is not None and given < least:
+            raise OptionError(f"{what} is {least} or more, got {given}")
     left, right = pair(a, b, features, weights, reading, kernel=True)
     all_pairs = mmd(left.sample, right.sample)
     value, how, details = all_pairs.unbiased, "unbiased, all pairs", {}

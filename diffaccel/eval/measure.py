@@ -131,14 +131,14 @@ def _errors(
 
 # ---------------------------------------------------------------------- the reference
 def reference_name(reference: Any, meter: Meter) -> str | None:
-    """Where the reference can be read again; what is no file and no name is kept in the sweep's folder."""
+    """Where the reference can be read again; what is no file and no name of statistics is kept in the sweep's folder,
+    under a name of its content: other images are another reference, wherever they lie."""
     side = meter.reference
     if side is None:
         return None
     if isinstance(side, Stats) and isinstance(reference, (str, Path)):
         return str(Path(reference).resolve()) if Path(reference).exists() else str(reference)
-    what = f"{side.id} {len(side)}" if isinstance(side, Images) else side.gaussian.mean.numpy().tobytes().hex()
-    return f"reference-{hashlib.sha256(f'{what} {meter.features}'.encode()).hexdigest()[:12]}.npz"
+    return f"reference-{hashlib.sha256(f'{side.digest()} {meter.features}'.encode()).hexdigest()[:12]}.npz"
 
 
 def save_reference(name: str | None, meter: Meter, store: Store) -> None:

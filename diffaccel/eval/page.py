@@ -240,6 +240,8 @@ def _worth(report: Mapping[str, Any]) -> str:
 def _difference(one: Mapping[str, Any] | None) -> str:
     if one is None or one["better_by"] is None:
         return ""
+    if one["low"] is None:
+        return f"{number(one['better_by'])} <span class=soft>(too few images for an interval)</span>"
     text = f"{number(one['better_by'])} <span class=soft>[{number(one['low'])}, {number(one['high'])}]</span>"
     return f"<b>{text}</b>" if one["low"] > 0 else text
 

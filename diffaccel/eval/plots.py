@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..errors import OptionError
 from .cells import STOCK, TEACHER, Plan, Store
 from .rows import Row
+from .score import interval
 
 _PANELS = (("fid", "FID", "lower is better"), ("psnr", "PSNR to the teacher, dB", "higher is better"),
            ("clip", "CLIP score", "higher is better"))  # fmt: skip
@@ -27,12 +28,19 @@ def _point(row: Row, metric: str) -> tuple[float, float, float] | None:
     """(value, below, above) of a row."""
     if metric == "psnr":
         found = row.summary["errors"].get("psnr")
-        return (found, 0.0, 0.0) if isinstance(found, float) else None
+        half = _half_width(row.series["psnr"].values) if isinstance(found, float) else 0.0
+        return (found, half, half) if isinstance(found, float) else None
     score = row.summary.get(metric)
     if not score or score["value"] is None:
         return None
     low, high = (score["value"] if score[k] is None else score[k] for k in ("low", "high"))
     return score["value"], score["value"] - low, high - score["value"]
+
+
+def _half_width(values: np.ndarray) -> float:
+    """Of the 95 % interval of the mean over images that are not equal to the teacher's."""
+    kept = values[np.isfinite(values)]
+    return interval(0.0, float(kept.std(ddof=1) / len(kept) ** 0.5))[1] if len(kept) > 1 else 0.0
 
 
 def _place(row: Row, against: str) -> float | None:
@@ -55,7 +63,8 @@ def drawing() -> tuple[Any, Any]:
 def curves(rows: Sequence[Row], against: str, fid_label: str) -> bytes | None:
     """PNG of quality against "calls" or "seconds"; None if there is nothing to show.
 
-    Stock schedulers are grey, the teacher is a dashed line, bars are 95 % intervals.
+    Stock schedulers are grey, the teacher is a dashed line (in FID only where its images suffice for an interval), bars
+    are 95 % intervals.
     """
     canvas, new_figure = drawing()
     shown = [p for p in _PANELS if any(_point(r, p[0]) and _place(r, against) for r in rows)]
@@ -94,7 +103,7 @@ def _panel(axis: Any, rows: Sequence[Row], metric: str, against: str) -> None:
         style |= {"linewidth": 1.0, "zorder": 1} if stock else {"linewidth": 1.8, "zorder": 2}
         axis.errorbar(places, values, yerr=[below, above], label=name, **style)
     teacher = next((r for r in rows if r.cell.role == TEACHER), None)
-    point = None if teacher is None else _point(teacher, metric)
+    point = None if teacher is None or _biased(teacher, metric) else _point(teacher, metric)
     if teacher is not None and point is not None:
         label = f"teacher, {teacher.cell.calls} calls"
         axis.axhline(point[0], color="#333333", linestyle="--", linewidth=1, label=label, zorder=0)
@@ -110,6 +119,11 @@ def _panel(axis: Any, rows: Sequence[Row], metric: str, against: str) -> None:
     axis.tick_params(labelsize=8)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
+
+
+def _biased(row: Row, metric: str) -> bool:
+    """Whether the bias of few images dominates a number: a teacher has fewer than the rows, and would look worse."""
+    return metric == "fid" and (row.summary["fid"] or {}).get("low") is None
 
 
 # ---------------------------------------------------------------------- the grid

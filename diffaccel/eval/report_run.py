@@ -183,6 +183,9 @@ def _warnings(plan: Plan, found: Sequence[Row]) -> list[str]:
     cut = max(((row.summary["clip"] or {}).get("truncated", 0) for row in found), default=0)
     if cut:
         lines.append(f"{cut} different prompts are longer than the CLIP model reads: their ends do not count")
+    doubts = [row.summary["fid"].get("warnings", ()) for row in found if row.summary["fid"]]
+    shared = [w for w in dict.fromkeys(doubts[0]) if all(w in d for d in doubts)] if doubts else []
+    lines += [f"FID of all rows: {w}" for w in shared]
     for row in found:
         name, own = row.cell.label, row.summary
         if row.cell.steps is None:
@@ -193,8 +196,7 @@ def _warnings(plan: Plan, found: Sequence[Row]) -> list[str]:
             lines.append(f"{name}: {len(own['bad'])} images are black or hold a NaN, first: {own['bad'][0]}")
         if own["duplicates"] > 0.01 * max(own["images"], 1):
             lines.append(f"{name}: {own['duplicates']} of {own['images']} images are duplicates")
-        for warning in (own["fid"] or {}).get("warnings", ()):
-            lines.append(f"{name}: {warning}")
+        lines += [f"{name}: {warning}" for warning in (own["fid"] or {}).get("warnings", ()) if warning not in shared]
     for key in ("diffaccel", "diffusers", "torch"):
         versions = {c[key] for row in found for c in row.counted if key in c}
         if len(versions) > 1:

@@ -176,7 +176,8 @@ def _summary(row: Row, plan: Plan, reference: Stats | None, devices: set[str]) -
 def _fid(values: np.ndarray, features: str, reference: Stats) -> dict[str, Any]:
     if len(values) < 2:
         return {"value": None, "n": len(values)}
-    score: Score = fid(Stats("these images", features, len(values), torch.from_numpy(values)), reference)
+    made = Stats("these images", features, len(values), torch.from_numpy(values), jpeg=0)
+    score: Score = fid(made, reference)
     kept = score.to_dict()
     return {k: kept[k] for k in ("value", "low", "high", "raw", "label", "estimator", "features", "warnings")} | {
         "n": len(values)

@@ -2,7 +2,7 @@
 
 | file | holds |
 |---|---|
-| ours | mu (d,), sigma (d, d), n, features (id with the resize), version, optional feats (n, d) |
+| ours | mu (d,), sigma (d, d), n, features (id with the resize), version, remarks; optional jpeg, feats (n, d) |
 | pytorch-fid, EDM, clean-fid | mu, sigma |
 | ADM | arr_0 (images), mu, sigma (pool3), mu_s, sigma_s (spatial; not used) |
 | clean-fid, for KID | feats |
@@ -12,6 +12,8 @@ Only ours tells the features; for the others the user must name them, since noth
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import zipfile
 import zlib
@@ -29,6 +31,7 @@ from .features import DEFAULT, canonical, embedded, extract, get
 from .images import Images, open_images
 
 VERSION = 1
+_KEYS = ("mu", "sigma", "n", "features", "feats", "version", "jpeg", "remarks")
 GIVEN = "given features"  # id of plain feature arrays that nobody named
 
 
@@ -92,7 +95,10 @@ class Stats:
             "sigma": cov,
             "version": np.array(VERSION),
             "features": np.array(self.features or ""),
+            "remarks": np.array(json.dumps({"notes": self.notes, "warnings": self.warnings})),
         }
+        if self.jpeg is not None:
+            arrays["jpeg"] = np.array(self.jpeg)
         if self.n is not None:
             arrays["n"] = np.array(self.n)
         if keep_features:
@@ -108,6 +114,13 @@ class Stats:
         finally:
             partial.unlink(missing_ok=True)
         return path
+
+    def digest(self) -> str:
+        """SHA-256 of everything that a score takes from it, but the name."""
+        found = hashlib.sha256(repr((self.n, self.jpeg, self.sizes, self.notes, self.warnings)).encode())
+        for x in (self.values, self.rows, *(self.moments or ())):
+            found.update(b"" if x is None else repr(tuple(x.shape)).encode() + np.ascontiguousarray(x).tobytes())
+        return found.hexdigest()
 
 
 def _writable(path: str | Path) -> Path:
@@ -137,7 +150,7 @@ def _read(path: Path, mtime: int) -> Stats:
     try:
         with np.load(path, allow_pickle=False) as data:
             # the images of an ADM file stay where they are
-            got = {k: data[k] for k in ("mu", "sigma", "n", "features", "feats", "version") if k in data.files}
+            got = {k: data[k] for k in _KEYS if k in data.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise OptionError(f"cannot read statistics from {path}: {error}") from None
     _check_shapes(path, got)
@@ -148,6 +161,7 @@ def _read(path: Path, mtime: int) -> Stats:
     feats = torch.from_numpy(got["feats"]) if "feats" in got else None
     n = int(got["n"]) if "n" in got else len(feats) if feats is not None and "mu" not in got else None
     whole = feats is not None and n == len(feats)
+    remarks = _remarks(path, got)
     return Stats(
         str(path),
         str(got["features"]) or None if "features" in got else None,
@@ -155,12 +169,24 @@ def _read(path: Path, mtime: int) -> Stats:
         values=feats if whole else None,
         rows=None if whole else feats,
         moments=(got["mu"], got["sigma"]) if "mu" in got else None,
+        jpeg=int(got["jpeg"]) if "jpeg" in got else None,
+        notes=remarks.get("notes", ()),
+        warnings=remarks.get("warnings", ()),
     )
+
+
+def _remarks(path: Path, got: dict[str, np.ndarray]) -> dict[str, tuple[str, ...]]:
+    """What was said of the images when they were measured; files of other projects say nothing."""
+    try:
+        return {k: tuple(map(str, v)) for k, v in json.loads(str(got.get("remarks", "{}"))).items()}
+    except (ValueError, AttributeError, TypeError):
+        raise OptionError(f"{path}: remarks are not those of diffaccel: measure the images again") from None
 
 
 def _check_shapes(path: Path, got: dict[str, np.ndarray]) -> None:
     """What a file holds under our names may be anything."""
     wanted = {"mu": (1, "fiu"), "sigma": (2, "fiu"), "feats": (2, "fiu"), "n": (0, "iu"), "version": (0, "iu")}
+    wanted |= {"jpeg": (0, "iu"), "remarks": (0, "U")}
     for key, (ndim, kinds) in wanted.items():
         if key in got and (got[key].ndim != ndim or got[key].dtype.kind not in kinds):
             raise OptionError(

@@ -120,6 +120,8 @@ def sweep(
     wanted = _cells(settings, last, sorted(set(calls)), images, teacher_calls, min(teacher_images, images), recipe)
     store = Store(out)
     with _alone(store, world):
+        # all of a reference is read for its name: by one process
+        own_name = json.dumps(reference_name(reference, meter)).encode() if world.rank == 0 else None
         plan = Plan(
             recipe={**{k: v for k, v in recipe.items() if k != "prompts"}, "name": name or type(pipe).__name__},
             prompts=given,
@@ -129,7 +131,7 @@ def sweep(
             batch=batch,
             calls=sorted(set(calls)),
             cells=[cell for cell, _ in wanted],
-            reference=reference_name(reference, meter),
+            reference=json.loads(world.broadcast("reference", own_name, timeout=None)),
             features=meter.features,
             clip=meter.clip,
             notes=notes,

@@ -39,13 +39,15 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """How much better a is than b (positive: better), over n common images, with its 95 % interval and z."""
+    """How much better a is than b (positive: better), over n common images, with its 95 % interval and z (NaN where
+    none holds; why: the reason)."""
 
     value: float
     low: float
     high: float
     z: float
     n: int
+    why: str = ""
 
     @property
     def p(self) -> float:
@@ -70,7 +72,7 @@ def compare(a: Row, b: Row, metric: str, reference: Stats | None) -> Comparison 
         if reference is None:
             return None
         d = frechet.paired(torch.from_numpy(y), torch.from_numpy(x), reference.gaussian)
-        return Comparison(d.value, *interval(d.value, d.se), d.z, len(both))
+        return Comparison(d.value, *interval(d.value, d.se), d.z, len(both), "; ".join(d.warnings))
     with np.errstate(invalid="ignore"):  # images equal to the teacher's on both sides: inf - inf
         difference = sign * (x - y)
     kept = difference[np.isfinite(difference)]
@@ -84,7 +86,7 @@ def compare(a: Row, b: Row, metric: str, reference: Stats | None) -> Comparison 
 def value(row: Row, metric: str) -> float | None:
     """The number of a row by which stock rows are ranked."""
     if metric == "fid":
-        return (row.summary.get("fid") or {}).get("raw")
+        return (row.summary.get("fid") or {}).get("value")
     if metric == "clip":
         return (row.summary.get("clip") or {}).get("value")
     found = row.summary["errors"].get(metric)
@@ -139,11 +141,14 @@ def _judge(row: Row, rows: Sequence[Row], metric: str, reference: Stats | None) 
     difference = None if rival is None else compare(row, rival, metric, reference)
     if rival is None or difference is None:
         return {**found, "text": f"{head} not compared: no stock row at these calls has it"}
-    found |= {"rival": rival.cell.name, **difference.to_dict(), "p": difference.p}
-    found["equal_calls"] = _equal_calls(row, rows, metric)
+    found |= {"rival": rival.cell.name, **difference.to_dict()}
+    alike = same_images(row, rival)
+    if difference.why and not alike:
+        return {**found, "text": f"{head} not compared: {difference.why}"}
+    found |= {"p": difference.p, "equal_calls": _equal_calls(row, rows, metric)}
     unit = " dB" if metric == "psnr" else ""
     low, high = number(difference.low), number(difference.high)
-    if same_images(row, rival):
+    if alike:
         found |= {"p": 1.0, "text": f"{head} {NOTHING}: the same images as {rival.cell.name}"}
     elif metric in ("latent", "psnr", "ssim", "lpips") and _converged(row, rows) and _converged(rival, rows):
         found |= {"p": 1.0, "text": f"{head} {NOTHING}: it and {rival.cell.name} are at the teacher's own error"}
@@ -231,8 +236,11 @@ def summaries(found: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         own = [v for v in found if (v["calls"], v["name"]) == (calls, name)]
         head = f"{calls} calls, {name}:"
         good = [v["text"].partition(f"{name}: ")[2] + f" in {METRICS[v['metric']][2]}" for v in own if v["benefit"]]
-        nothing = [METRICS[v["metric"]][2] for v in own if not v["benefit"]]
-        rest = f"{NOTHING} in {', '.join(nothing)}" if nothing else ""
+        rest = "; ".join(
+            f"{said} in {', '.join(names)}"
+            for said, tested in ((NOTHING, True), ("not compared", False))
+            if (names := [METRICS[v["metric"]][2] for v in own if not v["benefit"] and ("p" in v) == tested])
+        )
         text = f"{head} {'; '.join(filter(None, [*good, rest]))}."
         lines.append({"text": text, "head": head, "good": "; ".join(good), "rest": rest})
     return lines

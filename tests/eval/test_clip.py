@@ -147,15 +147,17 @@ def test_r_precision() -> None:
     assert not clip.r_precision(text[:1].expand(2, -1), text[:1].expand(2, -1), np.arange(2)).any()
 
 
-def test_skipped_images_are_refused(tmp_path: Path, model) -> None:
+def test_skipped_images_leave_the_others_their_prompts(tmp_path: Path, model) -> None:
     from PIL import Image
 
-    Image.fromarray(X[0]).save(tmp_path / "1.png")
-    (tmp_path / "2.png").write_bytes(b"no image")
-    with pytest.raises(OptionError, match="which prompt belongs"):
-        clip_score(open_images(tmp_path, unreadable="skip"), WORDS, model=model)
-    with pytest.raises(OptionError, match="takes no option 'unreadable'"):
-        clip_score(tmp_path, WORDS, model=model, unreadable="skip")
+    for i in (0, 2):
+        Image.fromarray(X[i]).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_bytes(b"no image")
+    got = clip_score(tmp_path, WORDS, model=model, unreadable="skip")
+    want = clip_score(X[[0, 2]], [WORDS[0], WORDS[2]], model=model)
+    assert (got.value, got.n_a) == (pytest.approx(want.value, rel=1e-6), 2)
+    assert any("1 unreadable images skipped, first: 1.png" in w for w in got.warnings)
+    assert clip_score(open_images(tmp_path, unreadable="skip"), WORDS, model=model).value == got.value
 
 
 def test_a_part_of_a_generate_folder_keeps_its_prompts(tmp_path: Path, model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,12 @@ def test_clip(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert out.startswith(clip_score(place / "a", place / "prompts.txt", model=str(place / "clip")).line)
     assert "R-precision" in out and "prompts: 3" in out
+    with_broken = place / "with_broken"
+    shutil.copytree(place / "a", with_broken)
+    (with_broken / "3.png").write_bytes(b"no image")
+    words = ("clip", with_broken, place / "prompts.txt", "--model", place / "clip", "--unreadable", "skip")
+    assert run(*words) == 0
+    assert "1 unreadable images skipped, first: 3.png" in capsys.readouterr().out
 
 
 def test_stats(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +86,8 @@ def test_refusals_are_one_line(
         ("stats", place / "a", "--out", place / "s.txt"): "statistics are written as .npz",
         ("fid", place / "a", place / "b", "--json", place): "give a file's name",
         ("clip", place / "a", place / "prompts.txt", "--json", place / "no" / "s.json"): "give a file's name",
+        ("fid", place / "a", place / "b", *clip, "--json", "/dev/full"): "cannot write --json /dev/full: No space left",
+        ("kid", place / "a", place / "b", *clip, "--subsets", "0"): "subsets is 1 or more, got 0",
         ("fid", place / "a", place / "b", *clip, "--device", "foo"): "device 'foo' cannot be used here",
         ("fid", place / "a", place / "b", *clip, "--batch", "0"): "batch is 1 image or more, got 0",
         ("fid", place / "a", place / "b", *clip, "--batch", "-3"): "batch is 1 image or more, got -3",

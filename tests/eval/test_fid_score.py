@@ -78,11 +78,26 @@ def test_no_interval_below_two_images_a_feature(n: int, m: int) -> None:
     """20 images for 128 features: the corrected value is far off, and no interval of it may be believed."""
     score = fid(law(0, n, 0.7, 128), law(1, m, 0, 128))
     said = [w for w in score.warnings if "bias dominates this number, corrected or not" in w]
-    assert len(said) == (n < 256) + (m < 256) and "give 256 images or more" in said[0]
+    assert len(said) == (n < 256) + (m < 256) and "for 128 features, 256 needed" in said[0]
     assert score.to_dict()["low"] is score.to_dict()["high"] is None
     assert "(no interval)" in score.line and "nan" not in str(score) and said[0] in str(score)
     enough = fid(law(0, 256, 0.7, 128), law(1, 256, 0, 128))
     assert enough.low < enough.value < enough.high and not enough.warnings
+    reference = frechet.from_features(law(2, 600, 0, 128))
+    pairs = fid_difference(law(0, 255, 0.7, 128), law(0, 255, 0, 128), reference)
+    assert np.isnan(pairs.se) and pairs.warnings == ("too few images: 255 for 128 features, 256 needed",)
+
+
+def test_a_negative_value_is_given_as_it_is() -> None:
+    """Equal laws: about half the corrected values are below zero. Shared images: far below, and no interval holds."""
+    reference = frechet.from_moments(np.zeros(16), np.eye(16))
+    scores = [fid(law(s, 400), reference) for s in range(12)]
+    assert 2 <= sum(s.value < 0 for s in scores) <= 10
+    assert all(s.low < 0 < s.high and s.estimator.startswith("jackknife") and not s.warnings for s in scores)
+    x = law(0, 300, d=32)
+    shared = fid(x, frechet.from_features(np.concatenate([x, law(1, 20, d=32)])))
+    assert shared.value < 0 and np.isnan(shared.low)
+    assert any("do the two sides share images?" in w for w in shared.warnings)
 
 
 @pytest.mark.parametrize("n", [20, 300])
@@ -91,7 +106,7 @@ def test_statistics_of_the_same_images(n: int) -> None:
     x = law(0, n, d=32)
     for score in (fid(x, frechet.from_features(x)), fid(frechet.from_features(x), x)):
         assert abs(score.value) < 1e-9 and np.isnan(score.low) and score.estimator.startswith("plain")
-        assert any("do both sides hold the same images?" in w for w in score.warnings)
+        assert any("do they hold the same images?" in w for w in score.warnings)
 
 
 def test_extrapolation() -> None:
@@ -111,7 +126,8 @@ def test_paired_difference() -> None:
     a = law(0, 400, 1.0)
     b = a - 0.05 / 4
     d = fid_difference(a, b, reference)
-    assert d.value == pytest.approx(fid(a, reference).raw - fid(b, reference).raw, abs=1e-12)
+    known = frechet.from_features(reference)
+    assert d.value == pytest.approx(fid(a, known).value - fid(b, known).value, abs=1e-12)
     assert d.z > 3
     one, two = fid(a, reference), fid(b, reference)
     assert one.low < two.high

@@ -104,6 +104,41 @@ def test_interval_covers_the_truth() -> None:
     assert 90 <= hits <= 98
 
 
+@pytest.mark.parametrize("d, each", [(64, 2), (64, 4), (300, 2)])
+def test_intervals_cover_where_the_correction_leaves_much(d: int, each: int) -> None:
+    """Just above two images a feature, a slowly falling spectrum: a row of the reference's law and one with too little
+    spread, which has the smaller bias. The standard error alone covers next to nothing here."""
+    spread = np.arange(1, d + 1) ** -0.25
+    reference = frechet.from_moments(np.zeros(d), np.diag(spread**2))
+    truth, hits, without = 0.1**2 * float((spread**2).sum()), 0, 0
+    for seed in range(6):
+        right = np.random.default_rng(seed).standard_normal((each * d, d)) * spread
+        for x, true in ((right, 0.0), (0.9 * right, truth)):
+            value, left = frechet.correct(x, reference)
+            se = frechet.standard_error(frechet.influence(x, reference))
+            hits += abs(value - true) < 1.96 * frechet.widened(se, left)
+            without += abs(value - true) < 1.96 * se
+        d_ = frechet.paired(0.9 * right, right, reference)
+        assert d_.z > -1.96 and abs(d_.value - truth) < 1.96 * d_.se
+    assert hits >= 11 and (without <= 6 or each > 2)
+
+
+def test_too_few_samples_make_no_difference() -> None:
+    """64 images, 128 features: the plain difference is significant with the wrong sign."""
+    rng = np.random.default_rng(0)
+    spread = np.arange(1, 129) ** -0.25
+    reference = frechet.from_moments(np.zeros(128), np.diag(spread**2), 5000)
+    right = rng.standard_normal((64, 128)) * spread
+    found = frechet.paired(right, 0.9 * right, reference)
+    assert np.isnan(found.z) and found.warnings == ("too few images: 64 for 128 features, 256 needed",)
+    few = frechet.from_moments(np.zeros(128), np.diag(spread**2), 100)
+    assert (
+        frechet.paired(np.tile(right, (5, 1)), np.tile(right, (5, 1)), few)
+        .warnings[0]
+        .startswith("too few images: 100")
+    )
+
+
 def test_jackknife_removes_the_bias() -> None:
     plain, corrected = [], []
     for seed in range(40):
@@ -128,7 +163,8 @@ def test_paired_difference() -> None:
         a = law(rng, 400, 0.5)
         b = 0.99 * a + 0.02 * rng.standard_normal(a.shape)
         d = frechet.paired(a, b, reference)
-        assert d.value == pytest.approx(frechet.fid(a, reference) - frechet.fid(b, reference), abs=1e-12)
+        want = frechet.jackknife(a, reference) - frechet.jackknife(b, reference)
+        assert d.value == pytest.approx(want, abs=1e-12)
         assert d.z == pytest.approx(d.value / d.se)
         values.append(d.value)
         errors.append(d.se)
@@ -154,7 +190,9 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="equally many"):
         frechet.paired(x, x[:20], frechet.from_features(x))
     with pytest.raises(ValueError, match="at least 20 samples"):
-        frechet.jackknife(x[:15], frechet.from_features(x))
+        frechet.jackknife(x[:15], frechet.from_features(x), 10)
+    with pytest.raises(ValueError, match="at least 4 samples"):
+        frechet.jackknife(x[:3], frechet.from_features(x))
 
 
 def test_singular_float32_statistics_are_accepted() -> None:

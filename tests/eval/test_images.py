@@ -262,12 +262,12 @@ def test_jpeg_on_one_side_duplicates_and_too_few(tmp_path: Path) -> None:
     warned = fid(jpeg, png, features=Pooled()).warnings
     assert "12 JPEG files" in warned[0]
     many = folder(tmp_path / "many", coloured(24), suffix="jpg", quality=90)
-    assert fid(many, many, features=Pooled()).warnings == ()
+    assert "JPEG" not in " ".join(fid(many, many, features=Pooled()).warnings)
     score = fid(np.concatenate([X, X[:3]]), X, features=Pooled(), expected=20)
     assert any("3 of 15 images are duplicates" in w for w in score.warnings)
     assert any("15 images where 20 were expected" in w for w in score.warnings)
     enough = coloured(24)
-    assert fid(enough, enough, features=Pooled(), expected=24).warnings == ()
+    assert fid(enough, coloured(24, 1), features=Pooled(), expected=24).warnings == ()
 
 
 def test_zip_may_hold_a_file_that_is_no_image(tmp_path: Path) -> None:

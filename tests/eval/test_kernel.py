@@ -84,6 +84,21 @@ def test_cmmd() -> None:
         cmmd(x, y, features=None, estimator="v")
 
 
+@pytest.mark.parametrize(
+    "n, options, message",
+    [
+        (1, {}, "at least 2 images on each side, got 1 and 20"),
+        (20, {"subsets": 0}, "subsets is 1 or more, got 0"),
+        (20, {"subsets": -1, "subset_size": 10}, "subsets is 1 or more, got -1"),
+        (20, {"subsets": 3, "subset_size": 0}, "subset_size is 2 or more, got 0"),
+        (20, {"subsets": 3, "subset_size": 1}, "subset_size is 2 or more, got 1"),
+    ],
+)
+def test_numbers_that_make_no_kid(n: int, options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        kid(law(0, n), law(1, 20), **options)
+
+
 def test_features_that_are_no_numbers_are_refused() -> None:
     x = law(0, 20)
     x[3, 2] = np.nan

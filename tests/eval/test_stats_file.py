@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from eval_nets import Pooled, coloured
+from PIL import Image
 
 from diffaccel.errors import OptionError
-from diffaccel.eval import fid, kid, stats, stats_file
+from diffaccel.eval import fid, kid, open_images, stats, stats_file
+from diffaccel.eval.pixels import ImageError
+from diffaccel.eval.stats_file import Stats
 
 X, Y = coloured(40, 1), coloured(50, 2, shift=10)
 
@@ -23,7 +26,7 @@ def moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def test_ours_there_and_back(tmp_path: Path) -> None:
     made = stats(Y, tmp_path / "new" / "y.npz", features=Pooled())
     with np.load(tmp_path / "new" / "y.npz") as data:
-        assert set(data.files) == {"mu", "sigma", "n", "features", "version"}
+        assert set(data.files) == {"mu", "sigma", "n", "features", "version", "remarks", "jpeg"}
         assert int(data["n"]) == 50 and str(data["features"]) == "pooled"
         for got, want in zip((data["mu"], data["sigma"]), moments(Y)):
             assert got == pytest.approx(want, rel=1e-12, abs=1e-10)
@@ -38,6 +41,39 @@ def test_kept_features_serve_everything(tmp_path: Path) -> None:
     for metric in (fid, kid):
         want, got = metric(X, Y, features=Pooled()), metric(X, str(tmp_path / "y.npz"), features=Pooled())
         assert (got.value, got.low, got.n_b) == (want.value, want.low, 50)
+
+
+def test_what_was_said_of_the_images_stays_in_the_file(tmp_path: Path) -> None:
+    """JPEG on one side, files left out: the score from a file of statistics says it as that from the images does."""
+    (tmp_path / "y").mkdir()
+    for i, x in enumerate(Y):
+        Image.fromarray(x).save(tmp_path / "y" / f"{i}.jpg", quality=90)
+    (tmp_path / "y" / "3.jpg").write_bytes(b"no image")
+    made = stats(tmp_path / "y", tmp_path / "y.npz", features=Pooled(), unreadable="skip")
+    read = stats(tmp_path / "y.npz")
+    assert (read.jpeg, read.notes, read.warnings) == (49, made.notes, made.warnings)
+    said = fid(stats(X, features=Pooled()), tmp_path / "y.npz").warnings
+    assert sum("49 JPEG files, " in w or "1 unreadable images skipped, first: 3.jpg" in w for w in said) == 2
+    np.savez(tmp_path / "bad.npz", mu=np.zeros(2), sigma=np.eye(2), features="pooled", remarks="so so")
+    with pytest.raises(OptionError, match=r"bad\.npz: remarks are not those of diffaccel"):
+        stats(tmp_path / "bad.npz")
+
+
+def test_a_digest_is_of_the_content(tmp_path: Path) -> None:
+    """Files count by their bytes wherever they lie, arrays by their pixels; statistics by all their numbers."""
+    for name, images in (("a", X), ("b", X), ("c", Y[:40])):
+        (tmp_path / name).mkdir()
+        for i, x in enumerate(images):
+            Image.fromarray(x).save(tmp_path / name / f"{i}.png")
+    a, b, c = (open_images(tmp_path / name).digest() for name in "abc")
+    assert a == b != c
+    with pytest.raises(ImageError, match=r"absent\.png of list of 1: .*No such file"):
+        open_images([tmp_path / "absent.png"]).digest()
+    assert open_images(X).digest() == open_images(list(X)).digest() != open_images(Y[:40]).digest()
+    mu, sigma = moments(X)
+    near = [Stats("s", "pooled", 40, moments=(mu, s)) for s in (sigma, sigma, 2 * sigma)]
+    assert near[0].digest() == near[1].digest() != near[2].digest()
+    assert stats(X, features=Pooled()).digest() == stats(X, features=Pooled()).digest() != near[0].digest()
 
 
 def test_pytorch_fid_edm_and_clean_fid(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def plain(file: Path) -> dict:
     found = json.loads(file.read_text())
     for row in found["rows"]:
         row["seconds"] = None
-    return {k: v for k, v in found.items() if k != "warnings"}
+    found["warnings"] = [w for w in found["warnings"] if not w.startswith("some seconds are")]
+    return found
 
 
 # ---------------------------------------------------------------------- what a report says
@@ -78,7 +79,8 @@ def test_every_row_is_there(made):
     own = rows["DPM++ 2M", 6]
     assert (own["images"], own["fid"]["n"], own["clip"]["n"], own["errors"]["n"]) == (24, 24, 24, 16)
     assert "not Inception" in own["fid"]["label"] and own["fid"]["low"] is own["fid"]["high"] is None
-    assert any(w.startswith("DPM++ 2M, 6 calls: these images: 24 images for 128") for w in made.data["warnings"])
+    few = "DPM++ 2M, 6 calls: these images: too few images: 24 for 128 features, 256 needed"
+    assert any(w.startswith(few) for w in made.data["warnings"])
     assert own["seconds"]["total"] > own["seconds"]["denoiser"] > 0 and "PSNR" in made.data["teacher_gap"]
     assert {w["name"] for w in made.data["fewer"]} == set(names) == {w["name"] for w in made.data["separation"]}
 
@@ -133,23 +135,6 @@ def test_more_calls_are_nearer_to_the_teacher(made):
     """The report's own control: PSNR rises with calls, and the paired interval says so."""
     rise = [w for w in made.data["separation"] if w["name"] in ("DDIMScheduler (own)", "DPM++ 2M", "UniPC")]
     assert len(rise) == 3 and all(w["against"] == 4 and w["calls"] == 6 and w["psnr"]["low"] > 0 for w in rise)
-
-
-def test_the_metric_separates_budgets(pipe, tmp_path):
-    """Guidance 4, the same seeds, 5 against 20 calls of a stock scheduler: FID and PSNR both see it."""
-    options = {
-        **OPTIONS,
-        "clip": None,
-        "block": 48,
-        "batch": 48,
-        "images": 96,
-        "teacher_images": 16,
-        "stock": ["UniPC"],
-    }
-    found = sweep(pipe, {}, [5, 20], models.prompts(96), "tiny-fashion", tmp_path / "out", teacher_calls=40, **options)
-    (one,) = found.data["separation"]
-    assert (one["calls"], one["against"], one["fid"]["n"]) == (20, 5, 96)
-    assert one["fid"]["better_by"] > 0 and one["fid"]["z"] > 3 and one["psnr"]["low"] > 0
 
 
 def test_a_row_by_name(made):
@@ -339,24 +324,6 @@ def test_a_folder_with_other_things_is_refused(pipe, tmp_path):
         run(pipe, tmp_path)
     with pytest.raises(OptionError, match=r"holds no sweep: cannot read sweep\.json"):
         report(tmp_path / "nowhere")
-
-
-def test_a_reference_of_images_is_measured_once(pipe, tmp_path):
-    class Means:
-        id = "means"
-        num_features = 3
-
-        def __call__(self, x):
-            return x.float().mean((2, 3))
-
-    images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    few = {**SMALL, "images": 8, "teacher_calls": 0, "clip": None}
-    found = sweep(pipe, {}, [2], models.prompts(8), images, tmp_path / "out", features=Means(), **few)
-    assert found.row("UniPC", 2)["fid"]["features"] == "means"
-    assert len(list((tmp_path / "out").glob("reference-*.npz"))) == 1
-    with pytest.raises(OptionError, match="unknown features 'means'"):
-        report(tmp_path / "out")
-    assert plain(report(tmp_path / "out", features=Means()).folder / "report.json")["features"] == "means"
 
 
 def test_prompts_that_clip_cuts_and_empty_ones_are_counted(pipe, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffaccel.eval import frechet
+from diffaccel.eval import frechet, page
 from diffaccel.eval.cells import CANDIDATE, HALF, STOCK, Cell, Plan
 from diffaccel.eval.rows import STOCHASTIC, Row, Series
 from diffaccel.eval.stats_file import Stats
@@ -32,7 +32,7 @@ def row(name: str, calls: int, *, shift=0.0, psnr=30.0, noise=0.0, made=None, ro
     series = {"features": Series(index, values), "psnr": Series(index, psnr + spread - spread.mean())}
     cell = Cell(name, calls, role, N, name, calls, extra)
     made_row = Row(cell, [{"calls": made or calls}], {**series, **more.get("series", {})}, more.get("why", {}))
-    fid = {"raw": frechet.fid(torch.from_numpy(values), REFERENCE.gaussian)}
+    fid = {"value": frechet.jackknife(values, REFERENCE.gaussian)}
     made_row.summary.update({"fid": fid, "errors": {"psnr": float(series["psnr"].values.mean())}, "clip": None})
     return made_row
 
@@ -143,3 +143,38 @@ def test_what_a_call_is_worth():
     assert [(w["calls"], w["against"]) for w in found["fewer"]] == [(5, 4), (20, 5)]
     assert [(w["calls"], w["against"]) for w in found["separation"]] == [(20, 5)]
     assert found["separation"][0]["fid"]["low"] > 0 and found["separation"][0]["clip"] is None
+
+
+def test_too_few_images_are_no_verdict():
+    """10 images, 6 features. The same images are still the same, and other metrics are judged."""
+    rows = [row("ours", 8, n=10, psnr=33), row("a", 8, shift=0.9, role=STOCK, n=10)]
+    found = judged(*rows)
+    fid = found["fid", "ours", 8]
+    assert fid["text"] == "8 calls, FID, ours: not compared: too few images: 10 for 6 features, 12 needed"
+    assert (
+        not fid["benefit"] and fid["low"] is fid["z"] is None and "p" not in fid and found["psnr", "ours", 8]["benefit"]
+    )
+    assert summaries(list(found.values()))[0]["rest"] == "not compared in FID"
+    copy = row("copy", 8, n=10)
+    copy.series.update(rows[1].series)
+    assert judged(copy, rows[1])["fid", "copy", 8]["text"].endswith("the same images as a")
+    worth = pairs_of_budgets([row("a", n, role=STOCK, n=10) for n in (5, 20)], PLAN, REFERENCE)["separation"][0]["fid"]
+    assert worth["low"] is None and "too few images for an interval" in page._difference(worth)
+
+
+@pytest.mark.parametrize("n", [64, 260, 1000])
+def test_too_little_spread_is_no_benefit(n):
+    """Its bias is smaller than that of the right law, and the plain FID with it."""
+    spread = np.arange(1, 129) ** -0.25
+    reference = Stats("r", "f", 50000, moments=(np.zeros(128), np.diag(spread**2)))
+    right = np.random.default_rng(0).standard_normal((n, 128)) * spread
+    rows = []
+    for name, values, role in (("ours", 0.93 * right, CANDIDATE), ("a", right, STOCK)):
+        made = Row(Cell(name, 8, role, n, name, 8), [{"calls": 8}], {"features": Series(np.arange(n), values)}, {})
+        made.summary.update(
+            {"fid": {"value": frechet.jackknife(values, reference.gaussian)}, "errors": {}, "clip": None}
+        )
+        rows.append(made)
+    assert frechet.fid(0.93 * right, reference.gaussian) < frechet.fid(right, reference.gaussian) or n == 1000
+    (found,) = verdicts(rows, PLAN, reference)
+    assert not found["benefit"] and ("too few images" in found["text"]) == (n < 256)
