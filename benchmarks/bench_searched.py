@@ -163,7 +163,8 @@ def page(results: dict[str, Any], images: int) -> str:
         f"of {len(SEEDS)} seeds, noise and prompts unseen by all calibrations. These were given {SAMPLES} inputs, "
         f"{HOLDOUT} held-out ones, {TRIALS} trials (search), {ROUNDS} rounds (align); the fitted table is the one "
         f"that ships with the model ({how['samples']} inputs, order {how['order']}, up to {how['refine']} rounds of "
-        "refinement). Best stock: of every deterministic scheduler of diffusers on all its "
+        "refinement; its rows are of a later run, with `--fitted-again`). "
+        "Best stock: of every deterministic scheduler of diffusers on all its "
         "grids, the settings that `bench_fitted.py` found best on images of these seeds, picked by median after the "
         "fact. "
         "`ratio`: of medians to it, with its 95 % paired bootstrap interval over images.",
