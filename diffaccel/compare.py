@@ -217,8 +217,8 @@ def _stock_flow(config: Mapping[str, Any]) -> list[Candidate]:
 def teacher(config: Mapping[str, Any]) -> Candidate:
     """diffusers' own second-order solver; run it at many calls.
 
-    On a Karras grid where there is one: at 100 calls it lands 20 times nearer to the limit there than on timesteps
-    that are spread evenly, which leave a jump in noise before the end.
+    On a Karras grid where there is one: timesteps that are spread evenly leave a jump in noise before the end (on
+    tiny-pixel 100 calls land .0008 from 200 on the Karras grid there, .015 on even timesteps).
     """
     if isinstance(read(config).path, Flow):
         return next(c for c in stock(config) if c.name == "DPM++-2 flow zero")

@@ -108,3 +108,23 @@ def test_multi_gpu_in_one_process(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "64 x 64, made by 1 process(es)" in done.stdout
     assert (tmp_path / "x.png").stat().st_size > 200
+
+
+def test_own_sampler(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "own_sampler.py"), "--calls", "3"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "{name}.png")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "heavy_ball: 3 model calls" in done.stdout and "k_diffusion: 3 model calls" in done.stdout
+    assert (tmp_path / "heavy_ball.png").stat().st_size > 200 and (tmp_path / "k_diffusion.png").stat().st_size > 200
+
+
+def test_without_diffusers():
+    command = [sys.executable, str(ROOT / "examples" / "without_diffusers.py"), "--calls", "8", "32"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    error = {
+        tuple(line.split(":")[0].split(" calls, ")): float(line.split()[-1]) for line in done.stdout.splitlines()[:6]
+    }
+    assert error["32", "dpmpp"] < error["32", "ddim"] and error["32", "dpmpp"] < error["8", "dpmpp"] / 5

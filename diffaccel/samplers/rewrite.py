@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,30 @@ from .registry import Sampler, get
 STAGES = ("start", "path", "prediction", "increment", "fed")
 INNER = ("path",)  # their loops are wrapped first, so that a start map acts on the whole run
 REWRITERS = Register("rewriter", STAGES)
-rewriter = REWRITERS
+
+
+def rewriter(
+    name: str, *, stage: str, rank: int = 0, clashes: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Part]]:
+    """Register a rewriter: a function `f(sampler, **options) -> Sampler` that changes a table before the run.
+
+    The decorated name then takes the options alone and makes an entry of `rewrite=[...]`. Options must be JSON values.
+
+        @da.rewriter("keep_level", stage="fed")
+        def keep_level(sampler, least: float = 20.0): ...
+
+        da.TableScheduler(sampler="unipc", rewrite=[keep_level(least=30.0)])
+
+    Args:
+        name: as configs hold it.
+        stage: when it acts, whatever order users list: "start", "path", "prediction", "increment" or "fed".
+        rank: its place among others of its stage; the lowest acts first.
+        clashes: rewriters and policies that it cannot be combined with, and why.
+
+    Raises:
+        OptionError: an unknown stage, or a name that another function has taken.
+    """
+    return REWRITERS(name, stage=stage, rank=rank, clashes=clashes)
 
 
 def read(rewrites: Any) -> list[Part]:
