@@ -15,8 +15,6 @@ from .held import nearest_calls
 from .node import Node
 from .path import Nodes, Path
 
-_ROUNDED = 1e-2  # by which a user's level may lie outside the path: lists are published with few digits
-
 # A grid gives n nodes from the noisiest to the cleanest; `closed` ones include `path.last`.
 Points = Callable[..., list[Node]]
 GRIDS: dict[str, tuple[Points, bool]] = {}
@@ -90,63 +88,6 @@ def checked(found: Sequence[Node], path: Path, where: str) -> Nodes:
     return Nodes(found, path)
 
 
-# ---------------------------------------------------------------------- the user's own nodes
-def from_sigmas(path: Path, sigmas: Sequence[float], *, final: str = "zero", warp: bool = True) -> Nodes:
-    """Nodes from the user's sigmas, one a call; a closing 0 is the end node.
-
-    Args:
-        path: flow: sigmas in (0, 1], shifted by the path (`warp`) as diffusers does; VP and EDM: `sigma / alpha`.
-        sigmas: falling values.
-        final: where the run ends if the last value is not 0.
-    """
-    values = [float(s) for s in sigmas]
-    if not values or not all(math.isfinite(s) and s >= 0 for s in values):
-        raise OptionError(f"sigmas must be one or more finite values of 0 or more, got {values[:8]}")
-    closing = values[-1] == 0
-    values = values[:-1] if closing else values
-    if not values or 0 in values:
-        raise OptionError("sigmas must be positive, but for one 0 at the end")
-    if isinstance(path, Flow):
-        if max(values) > 1 + 1e-6:
-            raise OptionError(f"flow sigmas lie in (0, 1], got {max(values):g}")
-        t = [path.train_steps * min(s, 1.0) for s in values]
-        found = _stretched(path, [path.warp(v) for v in t] if warp else t)
-    else:
-        found = [path.at_level(s) for s in values]
-    end = path.end if closing or final == "zero" else path.last
-    if found[-1].level <= end.level:
-        end = path.end
-    return checked([*_inside(found, path, "sigmas"), end], path, "sigmas")
-
-
-def _inside(found: list[Node], path: Path, where: str) -> list[Node]:
-    """The nodes, after the check that the model was trained at their levels (but for the rounding of published lists).
-
-    Raises:
-        OptionError: naming the level that was not.
-    """
-    high = path.first.level * (1 + _ROUNDED)
-    low = path.last.level * (1 - _ROUNDED) if path.family == "vp" else 0.0
-    for node in found:
-        if not low <= node.level <= high:
-            side, most = ("above", path.first.level) if node.level > high else ("below", path.last.level)
-            raise OptionError(
-                f"{where}: sigma/alpha = {node.level:g} is {side} {most:g}, where this {path.family} path ends; the "
-                "model was not trained there"
-            )
-    return found
-
-
-def from_timesteps(path: Path, timesteps: Sequence[float], *, final: str = "zero") -> Nodes:
-    """Nodes from the user's timesteps, one a call, as the model is fed (flow: no shift is applied to them)."""
-    values = [float(t) for t in timesteps]
-    if not values or not all(math.isfinite(t) for t in values):
-        raise OptionError(f"timesteps must be one or more finite values, got {values[:8]}")
-    found = [path.at(t) for t in values]
-    end = path.end if final == "zero" or found[-1].level <= path.last.level else path.last
-    return checked([*_inside(found, path, "timesteps"), end], path, "timesteps")
-
-
 # ---------------------------------------------------------------------- helpers
 def native(node: Node, path: Path) -> float:
     """What diffusers calls sigma (Karras, exponential, beta grids are spaced in it): flow sigma, else sigma/alpha."""
@@ -198,7 +139,7 @@ def _ramp(n: int) -> np.ndarray:
     return np.linspace(0.0, 1.0, n) if n > 1 else np.zeros(1)
 
 
-def _stretched(path: Flow, ts: Sequence[float]) -> list[Node]:
+def stretched(path: Flow, ts: Sequence[float]) -> list[Node]:
     """Nodes at the times `ts`, stretched so that the last one is the path's terminal sigma, if it has one."""
     if path.terminal is not None and len(ts) > 1:
         scale = (1 - ts[-1] / path.train_steps) / (1 - path.terminal)
@@ -209,7 +150,7 @@ def _stretched(path: Flow, ts: Sequence[float]) -> list[Node]:
 def _timed(path: Path, times: Iterable[float]) -> list[Node]:
     """Nodes at uniform times (unshifted)."""
     if isinstance(path, Flow):
-        return _stretched(path, [path.warp(u) for u in times])
+        return stretched(path, [path.warp(u) for u in times])
     return [path.at(float(t)) for t in times]
 
 
@@ -288,7 +229,7 @@ def _flow_stock(path: Path, n: int) -> list[Node]:
     k = path.shift
     lowest = path.train_steps * (k / path.train_steps) / (1 + (k - 1) / path.train_steps)
     ts = path.train_steps + (lowest - path.train_steps) * _ramp(n)
-    return _stretched(path, [path.warp(t) for t in ts])
+    return stretched(path, [path.warp(t) for t in ts])
 
 
 @grid("flow_dpmpp", closed=False)

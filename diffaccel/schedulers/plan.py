@@ -11,7 +11,8 @@ import torch
 
 from ..artifact import Artifact
 from ..core.families import Flow
-from ..core.grid import checked, from_sigmas, from_timesteps, native
+from ..core.given_nodes import from_sigmas, from_timesteps
+from ..core.grid import checked, native
 from ..core.grid import nodes as grid_nodes
 from ..core.node import Node
 from ..core.path import Nodes, Path

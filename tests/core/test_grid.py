@@ -8,7 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from diffaccel.core.grid import AYS, GRIDS, from_sigmas, from_timesteps, nodes
+from diffaccel.core.given_nodes import from_sigmas, from_timesteps
+from diffaccel.core.grid import AYS, GRIDS, nodes
 from diffaccel.core.path import Nodes, Path
 from diffaccel.errors import OptionError, PathError
 from diffaccel.testing.runs import PATHS, SD_BETAS, accepts

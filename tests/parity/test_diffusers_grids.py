@@ -14,7 +14,8 @@ import pytest
 import torch
 from scheduler_cases import LATENT, build
 
-from diffaccel.core.grid import from_sigmas, nodes
+from diffaccel.core.given_nodes import from_sigmas
+from diffaccel.core.grid import nodes
 from diffaccel.core.path import Nodes, Path
 from diffaccel.errors import OptionError
 from diffaccel.schedulers.from_config import grid_of, path_of, read
