@@ -22,26 +22,21 @@ from diffaccel.eval.page import cell_values
 from diffaccel.eval.report_run import Report, report
 from diffaccel.eval.verdicts import number, summaries
 
-# One of ours for all budgets, chosen by bench_error.py, and stock ones that are strong on this model.
+# One of ours for all budgets, chosen by bench_error.py; a stock one that is strong on this model.
 OURS = {
     "tiny-sd": "deis:order=2:grid=karras:grid_options={'rho': 4.0}",
     "tiny-flow": "ipndm:order=2:grid=mid:grid_options={'w': 0.3}",
     "tiny-pixel": "unipc:order=2:grid=uniform_lambda",
 }
-STOCK = {
-    "tiny-sd": ("own,DPM++ 2M", "DEISMultistepScheduler:use_karras_sigmas=true"),
-    "tiny-flow": ("flow Euler with all sigmas,UniPC", ""),
-    "tiny-pixel": ("own,DPM++ 2M,UniPC", ""),
-}
+MORE = {"tiny-sd": "DEISMultistepScheduler:use_karras_sigmas=true"}  # beside the stock rows that are always there
 
 
 def run(model: str, args: argparse.Namespace, work: Path) -> Report:
     if args.partial:
         return report(work / model)
-    stock, more = STOCK[model]
     table = f"fitted:artifact={models.fitted(model)}" if args.fitted else None
-    ours = ",".join(filter(None, [table or OURS[model], more]))
-    given = ["eval", "sweep", model, "--schedulers", ours, "--stock", stock]
+    ours = ",".join(filter(None, [table or OURS[model], MORE.get(model)]))
+    given = ["eval", "sweep", model, "--schedulers", ours]
     given += ["--calls", args.calls, "--images", str(args.images), "--batch", str(args.batch), "--cpu"]
     given += ["--teacher-images", str(args.teacher_images), "--out", str(work / model)]
     if main(given):

@@ -264,8 +264,8 @@ OPEN = sorted(set(GRIDS) - {"ays", "beta", "listed", "by_calls"})
 def test_every_run_makes_its_calls_and_stays_finite(calls, path, grid, case, data):
     final = data.draw(st.sampled_from(["zero", "sigma_min"]))
     begin = data.draw(st.integers(0, calls - 1))
-    scheduler = make(path, case[0], {"grid": grid, "final_sigmas_type": final}, **case[1])
     try:
+        scheduler = make(path, case[0], {"grid": grid, "final_sigmas_type": final}, **case[1])
         scheduler.set_timesteps(calls)
     except DiffaccelError as error:
         assert (grid.startswith("flow_") and path != "flow") or "cannot do a run" in str(error), error
