@@ -159,8 +159,6 @@ def align(
     for n in plan.calls:
         start.table(setup.made, n)  # before the first call, if it is not possible
         planned += align_core.cost(n, samples, rounds) + n * (samples + holdout * (4 + setup.rivals))
-    if progress:
-        print(f"align: at most {planned} model calls ({planned / 50:.0f} images at 50 calls)", flush=True)
     with setup.engine.working(planned, KIND):
         tables, common = _all(setup.made, start, rounds, reach)
     return setup.engine.finish(artifact_of(KIND, told, tables, common, setup.meta(), out))

@@ -91,9 +91,7 @@ def ays(
     given = None if images is None else _given(images, samples + holdout, setup.shape)
     planned = 1 + (2 * teacher_steps + 3) * (samples + holdout) + (teacher_steps + 1) * (holdout + samples)
     planned += sum(n * (samples * (1 + len(UNTIL)) + holdout * (len(OTHERS) + 5 + setup.rivals)) for n in plan.calls)
-    if progress:
-        print(f"ays: at most {planned} model calls ({planned / 50:.0f} images at 50 calls)\nays: {WARNING}", flush=True)
-    with setup.engine.working(planned, KIND):
+    with setup.engine.working(planned, KIND, f"\nays: {WARNING}"):
         tables = _all(made, given, until, seed)
     return setup.engine.finish(artifact_of(KIND, told, tables, {"warning": WARNING}, setup.meta(), out, None))
 

@@ -114,7 +114,7 @@ def cache(
     work = _Work(engine, Runs(engine, scheduler, steps, shared), compensation, (images, select, fit, held_out))
     measure = Measure(engine, scheduler, steps, shared, window)
     expected = steps * ((images if budgets else 0) * measure.passes() // 2 + (select + held_out) * 12 + 3 * fit)
-    with engine.working(expected // engine.world.size, "calibrate cache"):
+    with engine.working(expected // engine.world.size, "calibrate cache", bound="about"):
         work.references()
         done = quantise(_only(pipe), quant) if quant is not None else None
         try:

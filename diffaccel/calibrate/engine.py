@@ -105,6 +105,7 @@ class Engine:
         self._start = time.monotonic()
         self._progress = progress and self.world.rank == 0
         self._bar: Any = None
+        self._untimed: tuple[int, str, int, float] | None = None  # planned calls, of what, calls made and time then
 
     def takes(self, argument: str) -> bool:
         """Whether the pipeline's call has an argument of this name."""
@@ -138,10 +139,17 @@ class Engine:
         self.kept.tick()
 
     @contextmanager
-    def working(self, expected: int, what: str) -> Iterator[None]:
-        """A bar over `expected` model calls of this process; what is finished is kept if the work is interrupted."""
+    def working(self, expected: int, what: str, note: str | None = "", *, bound: str = "at most") -> Iterator[None]:
+        """A bar over `expected` model calls of this process; what is finished is kept if the work is interrupted.
+
+        The calls are printed before the first one, with `note` (None: the caller says them), the minutes after the
+        first run. `bound`: what `expected` is.
+        """
         from tqdm import tqdm
 
+        if self._progress and note is not None:
+            print(f"{what}: {bound} {expected} model calls ({expected / 50:.0f} images at 50 calls){note}", flush=True)
+            self._untimed = expected, what, self.calls, time.monotonic()
         with tqdm(total=expected, initial=self.calls, unit="call", desc=what, disable=not self._progress) as bar:
             self._bar = bar
             try:
@@ -152,7 +160,15 @@ class Engine:
                     self.kept.save()
                 raise
             finally:
-                self._bar = None
+                self._bar = self._untimed = None
+
+    def _say_minutes(self) -> None:
+        """After the first run: the time that all of it will take."""
+        if self._untimed is not None:
+            expected, what, before, start = self._untimed
+            each = (time.monotonic() - start) / max(1, self.calls - before)
+            self._bar.write(f"{what}: about {each * max(0, expected - self.calls) / 60:.1f} minutes, by the first run")
+            self._untimed = None
 
     def finish(self, made: Artifact) -> Artifact:
         """Save the artifact where one was asked for (rank 0), and forget the state of the stopped calibration."""
@@ -253,6 +269,7 @@ class Engine:
         finally:
             pipe.scheduler = before
             pipe._progress_bar_config = bar
+        self._say_minutes()
         result: torch.Tensor = found[0] if isinstance(found, tuple) else next(iter(found.values()))
         return result
 

@@ -98,10 +98,8 @@ def fit(
     made.groups = _channels(setup.shape, pipe)
     twice = made.runs_twice(memory_limit, int(np.prod(setup.shape)))
     planned = plan.cost(batch, setup.rivals, twice)
-    if progress:
-        again = ", the teacher twice because its states need more than memory_limit" if twice else ""
-        print(f"fit: at most {planned} model calls ({planned / 50:.0f} images at 50 calls){again}", flush=True)
-    with engine.working(planned, "fit"):
+    again = ", the teacher twice because its states need more than memory_limit" if twice else ""
+    with engine.working(planned, "fit", again):
         tables, common = _all(made)
     return engine.finish(artifact_of(KIND, _json(plan), tables, common, setup.meta(), out))
 

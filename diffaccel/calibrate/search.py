@@ -122,8 +122,6 @@ def search(
     how: dict[str, Any] = {"guidance": guidance, "call": call, "batch": batch, "seed": seed, "out": out}
     setup = prepared(KIND, pipe, prompts, plan, _json(plan, space), progress=progress, **how)
     planned = _cost(plan, space, setup.rivals)
-    if progress:
-        print(f"search: at most {planned} model calls ({planned / 50:.0f} images at 50 calls)", flush=True)
     with setup.engine.working(planned, KIND):
         tables, common = _all(setup.made, space)
     return setup.engine.finish(artifact_of(KIND, _json(plan, space), tables, common, setup.meta(), out))

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import OptionError
-from ..parallel.agree import plain
+from ..parallel.agree import differences, in_both, plain
 from ..parallel.folder import Folder
 
 VERSION = 1
@@ -130,12 +130,28 @@ class Store:
                 raise OptionError(
                     f"{self.root} is not empty and holds no sweep (no {self.file.name}): choose a new --out"
                 )
+            self._agree(plan)
             self.folder.replace(self.file, _json({"version": VERSION, **asdict(plan)}))
             for cell in plan.cells:
                 where = self.root / "cells" / cell.folder
                 where.mkdir(parents=True, exist_ok=True)
                 if not (where / "cell.json").exists():
                     self.folder.replace(where / "cell.json", _json({**plan.recipe, **asdict(cell)}))
+
+    def _agree(self, plan: Plan) -> None:
+        """Raises OptionError where a cell that is there was made with other configs of the pipeline's components.
+
+        They are no part of a cell's name: cells of earlier versions, which know none, stay valid.
+        """
+        for cell in plan.cells:
+            file = self.root / "cells" / cell.folder / "cell.json"
+            before = json.loads(file.read_text(encoding="utf-8")).get("configs", {}) if file.exists() else {}
+            known, asked = in_both(before, plain(plan.recipe.get("configs", {})))
+            if wrong := differences(known, asked, "the folder has", "this pipeline has", "configs"):
+                raise OptionError(
+                    f"{self.root} holds images of another pipeline:\n" + "\n".join(wrong) + "\nChoose another --out; "
+                    "images of two models are never mixed."
+                )
 
     def plan(self) -> Plan:
         """Raises OptionError where there is none."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..component_configs import component_configs
 from ..drive import Driver, classes, fingerprint
 from ..errors import DiffaccelError, OptionError, RunError
 from ..parallel.agree import same_on_all
@@ -123,7 +124,11 @@ def sweep(
         # all of a reference is read for its name: by one process
         own_name = json.dumps(reference_name(reference, meter)).encode() if world.rank == 0 else None
         plan = Plan(
-            recipe={**{k: v for k, v in recipe.items() if k != "prompts"}, "name": name or type(pipe).__name__},
+            recipe={
+                **{k: v for k, v in recipe.items() if k != "prompts"},
+                "name": name or type(pipe).__name__,
+                "configs": component_configs(pipe),
+            },
             prompts=given,
             texts=texts,
             images=images,

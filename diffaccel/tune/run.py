@@ -209,7 +209,7 @@ class Tuning:
             why = "; ".join(f"{name}: {text}" for name, text in asked.left_out.items())
             raise OptionError(f"{', '.join(plan.sources)} offer no candidate ({why or 'no reason given'})")
         total = sum(planned.values())
-        with engine.working(total, "tune"), quiet():
+        with engine.working(total, "tune", None), quiet():
             self.bench.learn(plan.images + plan.holdout, total)
             found = halve(len(choices), plan.images, lambda c, a, b: self.bench.choice(choices[c], a, b))
             winner = choices[found.winner]

@@ -122,3 +122,16 @@ def test_the_metric_separates_budgets(pipe, tmp_path):
     (one,) = found.data["separation"]
     assert (one["calls"], one["against"], one["fid"]["n"]) == (20, 5, 96)
     assert one["fid"]["better_by"] > 0 and one["fid"]["z"] > 3 and one["psnr"]["low"] > 0
+
+
+def test_another_config_of_a_component_is_another_pipeline(tmp_path):
+    pipe = models.load("tiny-sd")
+    pipe.set_progress_bar_config(disable=True)
+    run(pipe, images(0), tmp_path)
+    before, scale = blocks(tmp_path), pipe.vae.config.scaling_factor
+    pipe.vae.register_to_config(scaling_factor=0.5)
+    with pytest.raises(OptionError, match=r"configs.vae.scaling_factor: the folder has .*, this pipeline has 0.5"):
+        run(pipe, images(0), tmp_path)
+    pipe.vae.register_to_config(scaling_factor=scale)
+    run(pipe, images(0), tmp_path)
+    assert blocks(tmp_path) == before
