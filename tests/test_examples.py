@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("model", ["tiny-sd", "tiny-flow"])
 def test_swap_scheduler(model, tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "swap_scheduler.py"), "--model", model, "--calls", "4"]
+    command += ["--order", "3"]
     done = subprocess.run([*command, "--out", str(tmp_path / "x.png")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x.png").stat().st_size > 200
